@@ -1,0 +1,1 @@
+"""Image chat in the browser and an OpenAI-compatible server."""

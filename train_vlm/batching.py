@@ -1,0 +1,54 @@
+"""Samples -> one packed row, and which positions of the stream each rank reads at each step.
+
+Packing leaves no padding: samples stand end to end, and `lengths` tells the decoder where each begins, so that no state and no attention
+crosses a border.
+
+Letters: T positions of the packed row, N tiles.
+"""
+
+import torch
+
+from vlm.loss import IGNORE_INDEX, count_supervised_tokens
+
+__all__ = ["MicroBatchPositions", "pack"]
+
+
+def pack(samples: list[dict], filler_id: int, tile_size: int) -> dict:
+    """Samples of `SampleStream` -> input_ids and labels (1, T), pixels uint8 (N, H, W, 3), cu_seq_lens_q (S + 1,), and their account.
+
+    Skipped samples are left out and listed. If none is usable, one filler token without a label stands in, so that every rank still runs.
+    """
+    usable = [sample for sample in samples if "skipped" not in sample]
+    ids = [sample["input_ids"] for sample in usable] or [[filler_id]]
+    labels = [sample["labels"] for sample in usable] or [[IGNORE_INDEX]]
+    lengths = torch.tensor([0, *(len(row) for row in ids)])
+    seq_idx = torch.arange(len(ids)).repeat_interleave(lengths[1:])[None]
+    packed_labels = torch.tensor([label for row in labels for label in row])[None]
+    pixels = [sample["pixels"] for sample in usable if len(sample["pixels"])]
+    return {
+        "input_ids": torch.tensor([index for row in ids for index in row])[None],
+        "labels": packed_labels,
+        "cu_seq_lens_q": lengths.cumsum(0),
+        "pixels": torch.cat(pixels) if pixels else torch.zeros(0, tile_size, tile_size, 3, dtype=torch.uint8),
+        "supervised_tokens": count_supervised_tokens(packed_labels, seq_idx),
+        "seen": [sample["source"] for sample in samples],
+        "skipped": [(sample["source"], sample["skipped"], f"{sample['id']}: {sample['detail']}") for sample in samples if "skipped" in sample],
+        "tiles_reduced": sum(sample["tiles_reduced"] for sample in usable),
+    }
+
+
+class MicroBatchPositions(torch.utils.data.Sampler):
+    """Endless: the stream positions of this rank's micro-batches, in order. Step s takes positions [s * batch, (s + 1) * batch)."""
+
+    def __init__(self, batch_samples: int, micro_batches: int, rank: int, world_size: int, first_step: int = 0):
+        self.batch_samples, self.micro_batches = batch_samples, micro_batches
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+
+    def __iter__(self):
+        size = self.batch_samples // (self.micro_batches * self.world_size)
+        step = self.first_step
+        while True:
+            for micro in range(self.micro_batches):
+                start = step * self.batch_samples + (micro * self.world_size + self.rank) * size
+                yield list(range(start, start + size))
+            step += 1

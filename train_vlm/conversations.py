@@ -1,0 +1,56 @@
+"""Read LLaVA JSON into messages. In that format `<image>` in a human turn marks the place of the next image of the sample."""
+
+import json
+from pathlib import Path
+
+__all__ = ["from_llava", "read_llava"]
+
+MARK = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def from_llava(sample: dict) -> tuple[list[dict], list[str]]:
+    """One LLaVA sample -> messages (image parts without a source) and the image paths, in order.
+
+    A line break beside a mark belongs to the mark: the renderer writes its own. Marks beyond the sample's images stay text. Raises
+    ValueError for a sample without conversations, an unknown speaker, or more images than marks.
+    """
+    turns = sample.get("conversations") if isinstance(sample, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("no conversations in the sample; expected a list of {'from', 'value'}")
+    images = sample.get("image") or []
+    images = [images] if isinstance(images, str) else list(images)
+    left, messages = len(images), []
+    for turn in turns:
+        speaker, text = turn.get("from"), turn.get("value")
+        if speaker not in ROLES or not isinstance(text, str):
+            raise ValueError(f"turn {str(turn)[:60]!r}; expected 'from' human or gpt and 'value' text")
+        parts = []
+        while ROLES[speaker] == "user" and left and MARK in text:
+            before, _, text = text.partition(MARK)
+            if before.strip():
+                parts.append({"type": "text", "text": before.removesuffix("\n")})
+            parts.append({"type": "image"})
+            text, left = text.removeprefix("\n"), left - 1
+        if text or not parts:
+            parts.append({"type": "text", "text": text})
+        messages.append({"role": ROLES[speaker], "content": parts})
+    if left:
+        raise ValueError(f"{len(images)} images but {len(images) - left} {MARK} marks; expected one for each image")
+    return messages, images
+
+
+def read_llava(path: str | Path) -> list[dict]:
+    """The samples of a LLaVA JSON file. Raises FileNotFoundError, or ValueError for malformed JSON, another layout or an empty list."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}; expected LLaVA JSON")
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(samples, list):
+        raise ValueError(f"{path} holds {type(samples).__name__}; expected a list of samples (LLaVA JSON)")
+    if not samples:
+        raise ValueError(f"{path} holds no samples; expected at least one")
+    return samples

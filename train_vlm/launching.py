@@ -1,0 +1,44 @@
+"""What the two training programs share: the command line, and errors as one clear line."""
+
+import argparse
+import dataclasses
+import sys
+import warnings
+
+import torch
+import yaml
+
+from train_vlm.recipe import RecipeError, load_recipe
+
+__all__ = ["run_program"]
+
+
+def run_program(stage: str, description: str, arguments: list[str] | None = None) -> int:
+    """Parse, check, train. Returns the exit code: 0, 2 for a wrong recipe or input, 3 for a run that failed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of a recipe key, such as run.steps=100")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", module="deepspeed")
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if recipe.stage != stage:
+            raise RecipeError(f"the recipe's stage is {recipe.stage}; this program runs stage {stage} (use train_vlm/{recipe.stage}.py)")
+        if options.dry_run:
+            print(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False).rstrip())
+            return 0
+        from train_vlm.trainer import train
+
+        train(recipe)
+        return 0
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        return 3
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,141 @@
+"""Read samples by position: a seeded permutation of each source's index, sources mixed by weight, each sample once an epoch.
+
+A position of the stream is a number. Which sample stands there follows from the seed alone, so that another number of ranks, or a start
+in the middle, is arithmetic and nothing is lost or repeated.
+"""
+
+import io
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from train_vlm.recipe import Source
+from vlm.processing import VLMProcessor
+from vlm.tiling import to_rgb
+
+__all__ = ["SampleStream", "ShardedSource", "blend_cycle"]
+
+CYCLE = 1000
+OPEN_SHARDS = 64
+
+
+class ShardedSource:
+    """All samples of a folder of shards. Raises FileNotFoundError or ValueError when the folder, a shard or an index is missing or empty."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        shards = sorted(self.folder.glob("*.tar"))
+        if not shards:
+            raise FileNotFoundError(f"no shards in {folder}; make them by python -m train_vlm.shards convert")
+        self.entries: list[tuple[Path, dict]] = []
+        for shard in shards:
+            index = shard.with_suffix(".index.jsonl")
+            if not index.is_file():
+                raise ValueError(f"shard {shard} has no index {index.name}; write the shards again")
+            self.entries += [(shard, json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines()]
+        if not self.entries:
+            raise ValueError(f"the shards in {folder} hold no samples")
+        self._files: OrderedDict[Path, io.BufferedReader] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def _read(self, shard: Path, place: list[int]) -> bytes:
+        if shard not in self._files:
+            if len(self._files) >= OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+            self._files[shard] = open(shard, "rb")  # noqa: SIM115 (kept open between samples)
+        file = self._files[shard]
+        file.seek(place[0])
+        content = file.read(place[1])
+        if len(content) != place[1]:
+            raise ValueError(f"shard {shard} is truncated: {len(content)} of {place[1]} bytes at {place[0]}")
+        return content
+
+    def read(self, number: int) -> tuple[str, list[dict]]:
+        """The id and the messages of a sample, images in place as RGB. Raises ValueError when an image cannot be decoded."""
+        shard, entry = self.entries[number]
+        record = json.loads(self._read(shard, entry["members"]["json"]))
+        names = sorted((name for name in entry["members"] if name != "json"), key=lambda name: int(name.split(".")[0]))
+        images = []
+        for name in names:
+            try:
+                with Image.open(io.BytesIO(self._read(shard, entry["members"][name]))) as image:
+                    images.append(to_rgb(image))
+            except OSError as error:
+                raise ValueError(f"image {name} of sample {entry['key']} is broken: {error}") from error
+        waiting = iter(images)
+        for message in record["messages"]:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = next(waiting)
+        return record["id"], record["messages"]
+
+
+def blend_cycle(weights: list[float], length: int = CYCLE) -> list[int]:
+    """A cycle of source numbers in which each source stands in proportion to its weight, spread evenly (smooth weighted round robin)."""
+    total, credit, cycle = sum(weights), [0.0] * len(weights), []
+    for _ in range(length):
+        credit = [have + weight for have, weight in zip(credit, weights, strict=True)]
+        chosen = max(range(len(weights)), key=credit.__getitem__)
+        credit[chosen] -= total
+        cycle.append(chosen)
+    return cycle
+
+
+class SampleStream(torch.utils.data.Dataset):
+    """Position -> one prepared sample, or the reason why there is none. Endless: positions go on into further epochs."""
+
+    def __init__(self, sources: tuple[Source, ...], processor: VLMProcessor, *, seed: int, max_tokens: int):
+        self.settings = sources
+        self.sources = [ShardedSource(source.shards) for source in sources]
+        self.processor, self.seed, self.max_tokens = processor, seed, max_tokens
+        self.cycle = blend_cycle([source.weight for source in sources])
+        counts = [0] * len(sources)
+        self.rank_in_cycle = []  # how many earlier places of the cycle have the same source
+        for source in self.cycle:
+            self.rank_in_cycle.append(counts[source])
+            counts[source] += 1
+        self.per_cycle = counts
+        self._orders: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(source, sample number) at a position of the stream."""
+        cycle, place = divmod(position, len(self.cycle))
+        source = self.cycle[place]
+        drawn = cycle * self.per_cycle[source] + self.rank_in_cycle[place]
+        epoch, within = divmod(drawn, len(self.sources[source]))
+        return source, self._order(source, epoch)[within]
+
+    def _order(self, source: int, epoch: int) -> list[int]:
+        key = (source, epoch)
+        if key not in self._orders:
+            generator = torch.Generator().manual_seed(hash((self.seed, source, epoch)) & 0x7FFFFFFFFFFFFFFF)
+            self._orders[key] = torch.randperm(len(self.sources[source]), generator=generator).tolist()
+            while len(self._orders) > 2 * len(self.sources):
+                self._orders.popitem(last=False)
+        return self._orders[key]
+
+    def __getitem__(self, position: int) -> dict:
+        """{"source", "id", "input_ids", "labels", "pixels" uint8 (N, H, W, 3), "tiles_reduced"} or {"source", "id", "skipped": reason}."""
+        source, number = self.locate(position)
+        name = f"{Path(self.settings[source].shards).name}/{self.sources[source].entries[number][1]['key']}"
+        try:
+            name, messages = self.sources[source].read(number)
+            sample = self.processor.prepare(messages, max_tokens=self.max_tokens, max_tiles=self.settings[source].max_tiles)
+        except ValueError as error:
+            reason = "too long" if "at most" in str(error) else "broken"
+            return {"source": source, "id": name, "skipped": reason, "detail": str(error)}
+        if not any(label >= 0 for label in sample.rendered.labels):
+            return {"source": source, "id": name, "skipped": "nothing supervised", "detail": "no assistant text"}
+        return {
+            "source": source,
+            "id": name,
+            "input_ids": sample.rendered.input_ids,
+            "labels": sample.rendered.labels,
+            "pixels": sample.pixels,
+            "tiles_reduced": len(sample.receipts),
+        }

@@ -1,0 +1,39 @@
+"""Training files in LLaVA's JSON: one list of conversations of captions, one of questions.
+
+The prompts are those the evaluators use: VQAv2's and GQA's short-answer line, and for a third of the pictures VizWiz' form, which allows
+for "unanswerable" in so many words.
+"""
+
+import json
+
+from train_vlm.scenes.build import Picture
+from train_vlm.scenes.captions import caption
+
+__all__ = ["CAPTION_PROMPT", "SHORT_ANSWER", "VIZWIZ_SHORT_ANSWER", "llava_files"]
+
+CAPTION_PROMPT = "Describe the picture."
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+VIZWIZ_SHORT_ANSWER = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT_ANSWER}"
+
+
+def llava_files(pictures: list[Picture]) -> dict[str, str]:
+    """{file name: content} of captions.json, questions.json and kinds.json ({id: kinds of its questions, in order}).
+    `image` is relative to the folder of these files."""
+    captions, conversations, kinds = [], [], {}
+    for picture in pictures:
+        identity = f"{picture.number:012d}"
+        head = {"id": identity, "image": picture.path.removeprefix("train/")}
+        captions.append({**head, "conversations": _turns([(CAPTION_PROMPT, caption(picture.scene))])})
+        line = VIZWIZ_SHORT_ANSWER if picture.is_vizwiz else SHORT_ANSWER
+        asked = [(f"{question.text}\n{line}", question.answer) for question in picture.questions]
+        conversations.append({**head, "conversations": _turns(asked)})
+        kinds[identity] = [question.kind for question in picture.questions]
+    return {"captions.json": json.dumps(captions), "questions.json": json.dumps(conversations), "kinds.json": json.dumps(kinds)}
+
+
+def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    turns = []
+    for index, (human, gpt) in enumerate(pairs):
+        turns.append({"from": "human", "value": human if index else f"<image>\n{human}"})
+        turns.append({"from": "gpt", "value": gpt})
+    return turns

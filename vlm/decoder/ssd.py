@@ -1,0 +1,219 @@
+"""The state space dual (SSD) scan of Mamba-2 in plain PyTorch, and the slow recurrence it is checked against.
+
+Mamba-2 (arXiv 2405.21060, section 6) computes h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t. `chunk_scan` has
+the meaning and shapes of mamba-ssm's `mamba_chunk_scan_combined`, for any length and any device, and **resets the state where
+`seq_idx` changes**, so that packed samples cannot see each other. `recurrent_scan` is the definition, written as a loop in float64.
+
+Not here: the convolution, the gate's norm (mixer.py), and the Triton kernels.
+
+Letters: B batch, T positions, H heads, P head width, G groups, N state; c chunks, L positions of a chunk; R = H / G heads per group.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+__all__ = ["chunk_scan", "recurrent_scan", "state_update"]
+
+
+def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, initial_states: Tensor | None) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, T, H, P)")
+    batch, length, heads, width = x.shape
+    if dt.shape != (batch, length, heads):
+        raise ValueError(f"dt has shape {tuple(dt.shape)}; expected (B, T, H) = {(batch, length, heads)}")
+    if A.shape != (heads,):
+        raise ValueError(f"A has shape {tuple(A.shape)}; expected (H,) = {(heads,)}")
+    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != (batch, length):
+        raise ValueError(f"B and C have shapes {tuple(B.shape)} and {tuple(C.shape)}; expected both (B, T, G, N) with B, T = {(batch, length)}")
+    if heads % B.shape[2]:
+        raise ValueError(f"{heads} heads do not divide into {B.shape[2]} groups")
+    if seq_idx is not None and seq_idx.shape != (batch, length):
+        raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected (B, T) = {(batch, length)}")
+    expected = (batch, heads, width, B.shape[3])
+    if initial_states is not None and initial_states.shape != expected:
+        raise ValueError(f"initial_states has shape {tuple(initial_states.shape)}; expected (B, H, P, N) = {expected}")
+
+
+def _time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    if dt_limit[0] > 0.0 or dt_limit[1] < float("inf"):
+        dt = dt.clamp(min=dt_limit[0], max=dt_limit[1])
+    return dt
+
+
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Chunked SSD scan (Mamba-2, section 6), differentiable.
+
+    x (B, T, H, P), dt (B, T, H), A (H,) negative, B and C (B, T, G, N), D (H,) or (H, P), z (B, T, H, P): the result is multiplied by
+    silu(z). seq_idx (B, T) integers, non-decreasing: the state starts from zero where it changes; `initial_states` (B, H, P, N) belong
+    to the first segment. `dt_limit` clamps after softplus. `chunk_size` is a hint and does not change the result. All sums are made in
+    float32 (float64 when x is).
+
+    Returns y (B, T, H, P) in x's dtype and, if asked, the state after the last position (B, H, P, N) in float32 (float64 when x is).
+    Raises ValueError when shapes do not fit.
+    """
+    _check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    if chunk_size < 1:
+        raise ValueError(f"{chunk_size = }; expected at least 1")
+    batch, length, heads, width = x.shape
+    groups, state = B.shape[2], B.shape[3]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if length == 0:
+        final = torch.zeros(batch, heads, width, state, dtype=dtype, device=x.device) if initial_states is None else initial_states.to(dtype)
+        return (x, final) if return_final_states else x
+
+    steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, dtype)  # B T H
+    span = min(chunk_size, length)
+    padding = -length % span
+    xs, Bs, Cs = x.to(dtype), B.to(dtype), C.to(dtype)
+    if padding:
+        # A time step of 0 neither decays nor feeds the state, so padding at the end is invisible.
+        steps = F.pad(steps, (0, 0, 0, padding))
+        xs, Bs, Cs = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (xs, Bs, Cs))
+    segments = None
+    if seq_idx is not None:
+        segments = F.pad(seq_idx, (0, padding), mode="replicate") if padding else seq_idx
+        segments = rearrange(segments, "b (c l) -> b c l", l=span)
+
+    steps = rearrange(steps, "b (c l) h -> b c h l", l=span)
+    xs = rearrange(xs, "b (c l) h p -> b c h l p", l=span)
+    Bs = rearrange(Bs, "b (c l) g n -> b c g l n", l=span)
+    Cs = rearrange(Cs, "b (c l) g n -> b c g l n", l=span)
+    decay = (steps * A.to(dtype)[:, None]).cumsum(-1)  # b c h l: log of the decay since the chunk's start, inclusive
+    weighted = xs * steps[..., None]  # b c h l p
+
+    # 1. Within a chunk: scores per group, decay per head.
+    scores = rearrange(Cs @ Bs.transpose(-1, -2), "b c g l s -> b c g 1 l s")
+    visible = torch.ones(span, span, dtype=torch.bool, device=x.device).tril()
+    if segments is not None:
+        visible = (visible & (segments[..., :, None] == segments[..., None, :]))[:, :, None]  # b c 1 l s
+    gaps = (decay[..., :, None] - decay[..., None, :]).masked_fill(~visible, float("-inf"))
+    mixing = rearrange(gaps.exp(), "b c (g r) l s -> b c g r l s", g=groups) * scores
+    y = rearrange(mixing, "b c g r l s -> b c (g r) l s") @ weighted  # b c h l p
+
+    # 2. What each chunk adds to the state at its end, from its last segment only.
+    to_end = (decay[..., -1:] - decay).exp()  # b c h l
+    if segments is not None:
+        to_end = to_end * (segments == segments[..., -1:])[:, :, None]
+    fed = rearrange(weighted * to_end[..., None], "b c (g r) l p -> b c g (r p) l", g=groups)
+    added = rearrange(fed @ Bs, "b c g (r p) n -> b c (g r) p n", p=width)
+
+    # 3. The state before each chunk: a loop over chunks; a chunk with a boundary lets nothing through.
+    through = decay[..., -1].exp()  # b c h
+    if segments is not None:
+        before = torch.cat([segments[:, :1, 0], segments[:, :-1, -1]], dim=1)  # b c: segment of the position before the chunk
+        through = through * (before == segments[..., -1])[..., None]
+    current = added.new_zeros(batch, heads, width, state) if initial_states is None else initial_states.to(dtype)
+    states = []
+    for chunk in range(added.shape[1]):
+        states.append(current)
+        current = current * through[:, chunk, :, None, None] + added[:, chunk]
+    entering = torch.stack(states, dim=1)  # b c h p n
+
+    # 4. What the state before the chunk gives to each position.
+    from_start = decay.exp()
+    if segments is not None:
+        from_start = from_start * (segments == before[..., None])[:, :, None]
+    carried = Cs @ rearrange(entering, "b c (g r) p n -> b c g n (r p)", g=groups)  # b c g l (r p)
+    carried = rearrange(carried, "b c g l (r p) -> b c (g r) l p", p=width)
+    y = y + carried * from_start[..., None]
+
+    y = rearrange(y, "b c h l p -> b (c l) h p")[:, :length]
+    if D is not None:
+        y = y + x.to(dtype) * (D.to(dtype)[:, None] if D.ndim == 1 else D.to(dtype))
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    y = y.to(x.dtype)
+    return (y, current) if return_final_states else y
+
+
+def recurrent_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> tuple[Tensor, Tensor]:
+    """The definition of the scan, position by position in float64: the reference. Arguments as `chunk_scan`.
+
+    Returns y (B, T, H, P) and the final state (B, H, P, N), both float64.
+    """
+    _check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    batch, length, heads, width = x.shape
+    repeats = heads // B.shape[2]
+    x64, A64 = x.double(), A.double()
+    B64, C64 = (tensor.double().repeat_interleave(repeats, dim=2) for tensor in (B, C))  # B T H N
+    steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, torch.float64)
+    state = x64.new_zeros(batch, heads, width, B.shape[3]) if initial_states is None else initial_states.double()
+    outputs = []
+    for t in range(length):
+        if seq_idx is not None and t > 0:
+            same = (seq_idx[:, t] == seq_idx[:, t - 1]).double()
+            state = state * same[:, None, None, None]
+        state = state * (steps[:, t] * A64).exp()[:, :, None, None]
+        state = state + (steps[:, t, :, None] * x64[:, t])[..., None] * B64[:, t, :, None, :]
+        outputs.append((state * C64[:, t, :, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1) if outputs else x64
+    if D is not None:
+        y = y + x64 * (D.double()[:, None] if D.ndim == 1 else D.double())
+    if z is not None:
+        y = y * F.silu(z.double())
+    return y, state
+
+
+def state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> tuple[Tensor, Tensor]:
+    """One position of the recurrence for decoding.
+
+    state (B, H, P, N) float32, x (B, H, P), dt (B, H), A (H,), B and C (B, G, N), D (H,). Returns y (B, H, P) in x's dtype and the new
+    state (B, H, P, N); `state` is not changed.
+    """
+    dtype = state.dtype
+    groups = B.shape[1]
+    steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, dtype)  # B H
+    state = rearrange(state * (steps * A.to(dtype)).exp()[..., None, None], "b (g r) p n -> b g r p n", g=groups)
+    fed = rearrange(x.to(dtype) * steps[..., None], "b (g r) p -> b g r p 1", g=groups)
+    state = state + fed * B.to(dtype)[:, :, None, None, :]
+    y = (state @ C.to(dtype)[:, :, None, :, None]).squeeze(-1)  # B G R P
+    y = rearrange(y, "b g r p -> b (g r) p")
+    if D is not None:
+        y = y + x.to(dtype) * D.to(dtype)[:, None]
+    return y.to(x.dtype), rearrange(state, "b g r p n -> b (g r) p n")
