@@ -41,7 +41,11 @@ def main(task: str, argv: list[str] | None = None, *, load_engine=None) -> int:
 
 def build_parser(task: str) -> argparse.ArgumentParser:
     """The command line of one task."""
-    parser = argparse.ArgumentParser(prog=task, description=f"{task}: predict with a model and score by the official rules")
+    parser = argparse.ArgumentParser(
+        prog=task,
+        description=f"{task}: predict with a model and score by the official rules",
+        epilog="exit code 0: done; 1: done, but some images or requests failed; 2: bad input; 130: stopped, the same command goes on",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("--data", type=Path, help="folder with the official files")

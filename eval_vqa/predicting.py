@@ -31,7 +31,7 @@ GREY = (127, 127, 127)
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """How to ask. Everything here but `batch` stands in run.json, and a run goes on only under the settings it began with."""
+    """How to ask. A run goes on only with the max_new_tokens and grey it began with."""
 
     batch: int = 64  # questions handed to the engine at a time
     max_new_tokens: int = 16  # an answer that has not ended by then is cut; run.json counts those

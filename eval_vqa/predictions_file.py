@@ -32,12 +32,14 @@ def read_rows(path: Path, task: str) -> list[dict]:
     lines = path.read_bytes().split(b"\n")
     id_key = RESULT_KEYS[task][0]
     rows: dict = {}
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line feed was not written to its end
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError:
+            if number == len(lines):  # no line feed after it: it was not written to its end
+                break
             raise ValueError(f"{path}, line {number} is not valid JSON: delete that line and start again") from None
         rows.setdefault(field(row, id_key, f"{path}, line {number}"), row)
     return list(rows.values())

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_engine import FakeEngine, FakeRequest
 from PIL import Image
 
 from eval_vqa.command_line import main
 from eval_vqa.json_files import write_json
-from test_predicting import FakeEngine, FakeRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +84,8 @@ def test_scoring_imports_no_torch(data, task):
 
 def test_a_record_says_what_was_measured(data):
     write_json(data / "results.json", answers("vqav2"))
-    assert main("vqav2", ["score", "--predictions", str(data / "results.json"), "--data", str(data / "vqav2"), "--out", str(data / "s.json")]) == 0
+    args = ["score", "--predictions", str(data / "results.json"), "--data", str(data / "vqav2"), "--out", str(data / "s.json")]
+    assert main("vqav2", args) == 0
     record = json.loads((data / "s.json").read_text())
     assert record["kinds"] == {"color": {"accuracy": 100.0, "count": 2}, "shape": {"accuracy": 0.0, "count": 1}}
     assert (record["split"], record["counts"]["scored"], record["per_question"]) == ("val2014", 3, {"1": 100.0, "2": 100.0, "3": 0.0})

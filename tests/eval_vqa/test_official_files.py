@@ -24,7 +24,8 @@ def test_vqav2_prefers_val2014_and_test_has_no_annotations(tmp_path):
 
 
 def test_vqav2_image_names_follow_the_subset(tmp_path):
-    for subset, image in (("val2014", "val2014/COCO_val2014_000000000042.jpg"), ("test-dev2015", "test2015/COCO_test2015_000000000042.jpg")):
+    images = {"val2014": "val2014/COCO_val2014_000000000042.jpg", "test-dev2015": "test2015/COCO_test2015_000000000042.jpg"}
+    for subset, image in images.items():
         questions = {"data_subtype": subset, "questions": [{"question_id": 1, "image_id": 42, "question": "what?"}]}
         write_json(tmp_path / f"v2_OpenEnded_mscoco_{subset}_questions.json", questions)
         assert read_questions("vqav2", locate_vqav2(tmp_path, subset))[0].image == tmp_path / image

@@ -6,52 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fake_engine import FakeEngine, FakeRequest
 from PIL import Image
 
 from eval_vqa.official_files import Question
 from eval_vqa.predicting import PredictSettings, load_image, predict
-
-
-@dataclass
-class FakeRequest:
-    messages: list
-    max_new_tokens: int
-
-
-@dataclass
-class FakeAnswer:
-    text: str
-    stop_reason: str = "end_of_turn"
-    prompt_tokens: int = 5
-    visual_tokens: int = 4
-    generated_tokens: int = 1
-    seconds: float = 0.01
-    error: str | None = None
-
-
-class FakeEngine:
-    """Says the first pixel and the question; stops with a crash when `crash_after` answers are given."""
-
-    def __init__(self, crash_after=None, fail=()):
-        self.asked, self.batches, self.crash_after, self.fail = [], [], crash_after, fail
-
-    def generate(self, requests, on_answer=None):
-        self.batches.append(len(requests))
-        answers = []
-        for index, request in enumerate(requests):
-            if self.crash_after is not None and len(self.asked) >= self.crash_after:
-                raise KeyboardInterrupt
-            image, text = request.messages[0]["content"]
-            self.asked.append((image["image"], text["text"], request.max_new_tokens))
-            question = text["text"].split("\n")[0]
-            answer = FakeAnswer("", error="too long") if question in self.fail else FakeAnswer(f" {image['image'].getpixel((0, 0))} {question}. ")
-            on_answer(index, answer)
-            answers.append(answer)
-        return answers
 
 
 def make_questions(folder, count=7, images=3):
@@ -112,6 +74,15 @@ def test_a_torn_last_line_is_asked_again(tmp_path):
     engine, _ = run(questions, out)
     assert [text[:2] for _, text, _ in engine.asked] == ["Q5"]
     assert (out / "predictions.jsonl").read_bytes() == content
+
+
+def test_a_last_line_that_only_lacks_its_line_feed_is_kept(tmp_path):
+    questions, out = make_questions(tmp_path), tmp_path / "out"
+    run(questions, out)
+    content = (out / "predictions.jsonl").read_bytes()
+    (out / "predictions.jsonl").write_bytes(content[:-1])
+    engine, _ = run(questions, out)
+    assert (engine.asked, (out / "predictions.jsonl").read_bytes()) == ([], content)
 
 
 def test_a_broken_line_in_the_middle_stops_with_its_number(tmp_path):
@@ -241,7 +212,8 @@ SLOW = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {path!r}
-from test_predicting import FakeEngine, make_questions, run
+from fake_engine import FakeEngine
+from test_predicting import make_questions, run
 
 class Slow(FakeEngine):
     def generate(self, requests, on_answer=None):

@@ -119,7 +119,8 @@ def test_a_subset_is_scored_in_the_given_order():
 
 
 def test_nothing_that_was_given_is_changed():
-    given = (question_file([1]), {"annotations": [annotation(1, ["The Cat\n"] * 5 + ["cat."] * 5)]}, [{"question_id": 1, "answer": " A cat "}])
+    rows = {"annotations": [annotation(1, ["The Cat\n"] * 5 + ["cat."] * 5)]}
+    given = (question_file([1]), rows, [{"question_id": 1, "answer": " A cat "}])
     before = copy.deepcopy(given)
     vqav2.evaluate(*given, question_ids=[1, 1])
     assert given == before

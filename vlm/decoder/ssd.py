@@ -17,7 +17,18 @@ from torch import Tensor
 __all__ = ["chunk_scan", "recurrent_scan", "state_update"]
 
 
-def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, initial_states: Tensor | None) -> None:
+def _check_shapes(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, T, H, P)")
     batch, length, heads, width = x.shape
@@ -34,6 +45,12 @@ def _check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_id
     expected = (batch, heads, width, B.shape[3])
     if initial_states is not None and initial_states.shape != expected:
         raise ValueError(f"initial_states has shape {tuple(initial_states.shape)}; expected (B, H, P, N) = {expected}")
+    if D is not None and D.shape not in ((heads,), (heads, width)):
+        raise ValueError(f"D has shape {tuple(D.shape)}; expected (H,) = {(heads,)} or (H, P) = {(heads, width)}")
+    if z is not None and z.shape != x.shape:
+        raise ValueError(f"z has shape {tuple(z.shape)}; expected that of x, {tuple(x.shape)}")
+    if dt_bias is not None and dt_bias.shape != (heads,):
+        raise ValueError(f"dt_bias has shape {tuple(dt_bias.shape)}; expected (H,) = {(heads,)}")
 
 
 def _time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], dtype: torch.dtype) -> Tensor:
@@ -42,7 +59,7 @@ def _time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit:
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
         dt = F.softplus(dt)
-    if dt_limit[0] > 0.0 or dt_limit[1] < float("inf"):
+    if not dt_softplus or dt_limit[0] > 0.0 or dt_limit[1] < float("inf"):  # softplus alone is within (0, inf)
         dt = dt.clamp(min=dt_limit[0], max=dt_limit[1])
     return dt
 
@@ -73,7 +90,7 @@ def chunk_scan(
     Returns y (B, T, H, P) in x's dtype and, if asked, the state after the last position (B, H, P, N) in float32 (float64 when x is).
     Raises ValueError when shapes do not fit.
     """
-    _check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
     if chunk_size < 1:
         raise ValueError(f"{chunk_size = }; expected at least 1")
     batch, length, heads, width = x.shape
@@ -166,7 +183,7 @@ def recurrent_scan(
 
     Returns y (B, T, H, P) and the final state (B, H, P, N), both float64.
     """
-    _check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
     batch, length, heads, width = x.shape
     repeats = heads // B.shape[2]
     x64, A64 = x.double(), A.double()

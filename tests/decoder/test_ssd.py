@@ -1,0 +1,248 @@
+"""The chunked scan against the recurrence it stands for: values, gradients, final states, borders, dtypes and errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlm.decoder.ssd import chunk_scan, recurrent_scan, state_update
+
+TENSORS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+
+
+def random_segments(generator: torch.Generator, batch: int, length: int, kind: str) -> torch.Tensor:
+    """(B, T) non-decreasing numbers; borders differ from row to row."""
+    share = {"some": 0.02, "many": 0.3, "all": 1.0}[kind]
+    steps = (torch.rand(batch, length, generator=generator) < share).long()
+    return (steps.cumsum(1) * 3 + 5).to(torch.int32)  # neither from 0 nor by 1: only "changes" counts
+
+
+def random_case(seed: int, length: int | None = None) -> tuple[dict, dict, int]:
+    """Tensors (float32), keyword settings and a chunk size, of a random shape."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*options):
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    batch, groups = pick(1, 1, 2, 3), pick(1, 2, 4)
+    heads, width, state = groups * pick(1, 2, 3), pick(1, 4, 8), pick(1, 5, 16)
+    length = length or pick(1, 2, 3, 17, 63, 64, 65, 100, 128, 129, 255, 300, 511, 700)
+    softplus = pick(True, True, False)
+    tensors = {
+        "x": normal(batch, length, heads, width),
+        "dt": normal(batch, length, heads) if softplus else normal(batch, length, heads).abs() * 0.3,
+        "A": -torch.rand(heads, generator=generator) * pick(0.2, 2.0, 16.0) - 1e-3,
+        "B": normal(batch, length, groups, state),
+        "C": normal(batch, length, groups, state),
+    }
+    if pick(True, False):
+        tensors["D"] = pick(normal(heads), normal(heads, width))
+    if pick(True, False):
+        tensors["z"] = normal(batch, length, heads, width)
+    if pick(True, False):
+        tensors["dt_bias"] = normal(heads) - 2.0
+    if pick(True, False):
+        tensors["initial_states"] = normal(batch, heads, width, state)
+    settings = {"dt_softplus": softplus, "dt_limit": pick((0.0, float("inf")), (0.05, 0.5), (0.0, 0.3), (0.2, float("inf")))}
+    segments = pick(None, "some", "many", "all")
+    if segments:
+        settings["seq_idx"] = random_segments(generator, batch, length, segments)
+    return tensors, settings, pick(1, 7, 16, 64, 128, 1000)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor, least: float = 1e-6) -> float:
+    """The largest difference over the largest value (or `least`)."""
+    return ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=least)).item()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_chunked_scan_equals_the_recurrence(seed):
+    """A chunk border, a segment border inside a chunk, a rest that does not divide, groups read in the wrong order: all show here."""
+    tensors, settings, chunk_size = random_case(seed)
+    expected, expected_state = recurrent_scan(**tensors, **settings)
+    found, state = chunk_scan(**tensors, **settings, chunk_size=chunk_size, return_final_states=True)
+    assert found.dtype == torch.float32 and state.dtype == torch.float32
+    assert relative(found, expected) < 1e-5
+    assert relative(state, expected_state) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(100, 116))
+def test_gradients_of_all_inputs_equal_those_of_the_recurrence(seed):
+    """A border that stops the value but lets the gradient through, or a NaN from exp(-inf) behind a mask, shows only here."""
+    tensors, settings, chunk_size = random_case(seed, length=(1, 5, 64, 65, 130, 200)[seed % 6])
+    generator = torch.Generator().manual_seed(seed)
+    slow = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+    fast = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    expected, expected_state = recurrent_scan(**slow, **settings)
+    found, state = chunk_scan(**fast, **settings, chunk_size=chunk_size, return_final_states=True)
+    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    state_weights = torch.randn(expected_state.shape, generator=generator, dtype=torch.float64)
+    ((expected * weights).sum() + (expected_state * state_weights).sum()).backward()
+    ((found * weights.float()).sum() + (state * state_weights.float()).sum()).backward()
+    for name in tensors:
+        # The gradient of A is a small difference of large sums where decays are strong.
+        assert relative(fast[name].grad, slow[name].grad, least=1e-2) < (5e-4 if name == "A" else 5e-5), name
+
+
+def test_float64_inputs_are_computed_in_float64():
+    """Rounded to float32 on the way, the error would be 1e-7 and numeric gradient checks meaningless."""
+    tensors, settings, chunk_size = random_case(3, length=200)
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    found, state = chunk_scan(**doubles, **settings, chunk_size=chunk_size, return_final_states=True)
+    expected, expected_state = recurrent_scan(**doubles, **settings)
+    assert found.dtype == state.dtype == torch.float64
+    assert relative(found, expected) < 1e-12 and relative(state, expected_state) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_keep_their_dtype_and_are_summed_in_float32(dtype):
+    """Sums in bfloat16 over 500 positions would be off by percents, not by the 2^-8 of the last rounding."""
+    tensors, _, _ = random_case(4, length=500)
+    halves = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    expected, expected_state = recurrent_scan(**halves, dt_softplus=True)
+    found, state = chunk_scan(**halves, chunk_size=64, dt_softplus=True, return_final_states=True)
+    assert found.dtype == dtype and state.dtype == torch.float32
+    assert relative(found, expected) < 5e-3
+    assert relative(state, expected_state) < 1e-5
+
+
+def test_the_result_does_not_depend_on_the_chunk_size():
+    """chunk_size is a hint: a caller may give any."""
+    tensors, settings, _ = random_case(7, length=150)
+    results = [chunk_scan(**tensors, **settings, chunk_size=size) for size in (1, 2, 50, 149, 150, 151, 4096)]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_large_time_steps_neither_overflow_nor_lose_what_is_near():
+    """Differences of one cumulative sum lose digits when the sum is large: big steps early must not spoil small ones later."""
+    generator = torch.Generator().manual_seed(5)
+    length, heads = 256, 2
+    dt = torch.full((1, length, heads), 0.01)
+    dt[:, :20] = 30.0
+    x, B, C = (torch.randn(1, length, heads, 4, generator=generator) for _ in range(3))
+    A = torch.tensor([-16.0, -1.0])
+    expected, _ = recurrent_scan(x, dt, A, B, C)
+    found = chunk_scan(x, dt, A, B, C, 256)
+    assert relative(found[:, 40:], expected[:, 40:]) < 2e-4
+    assert torch.isfinite(found).all()
+
+
+def test_a_packed_row_equals_its_segments_one_by_one():
+    """The meaning of seq_idx, without the reference recurrence: no state, and no gradient, crosses a border."""
+    tensors, _, _ = random_case(11, length=130)
+    tensors = {name: tensors[name][:1] if name in ("x", "dt", "B", "C") else tensors[name] for name in ("x", "dt", "A", "B", "C")}
+    lengths = (1, 1, 63, 1, 40, 24)
+    seq_idx = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    packed = chunk_scan(**tensors, chunk_size=32, dt_softplus=True, seq_idx=seq_idx)
+    start = 0
+    for length in lengths:
+        part = {name: t if name == "A" else t[:, start : start + length] for name, t in tensors.items()}
+        torch.testing.assert_close(packed[:, start : start + length], chunk_scan(**part, chunk_size=32, dt_softplus=True), rtol=1e-4, atol=1e-5)
+        start += length
+
+
+def test_a_neighbour_in_the_pack_never_matters():
+    """Changing one segment, even to huge values, changes not a bit of another, in values or in gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, B, C = (torch.randn(1, 96, 2, 4, generator=generator) for _ in range(3))
+    dt, A = torch.rand(1, 96, 2, generator=generator), torch.tensor([-0.1, -1.0])
+    seq_idx = torch.tensor([0] * 41 + [1] * 55)[None]
+
+    def run(scale):
+        changed = x.clone()
+        changed[:, :41] *= scale
+        changed.requires_grad_()
+        y = chunk_scan(changed, dt, A, B, C, 16, seq_idx=seq_idx)
+        y[:, 41:].sum().backward()
+        return y[:, 41:].detach(), changed.grad
+
+    first, first_gradient = run(1.0)
+    second, second_gradient = run(1e10)
+    assert torch.equal(first, second)
+    assert torch.equal(first_gradient[:, 41:], second_gradient[:, 41:])
+    assert not first_gradient[:, :41].any()
+
+
+def test_negative_time_steps_are_clamped_by_the_lower_limit():
+    """mamba-ssm clamps to dt_limit always; without softplus a negative time step would let the state grow."""
+    tensors, _, _ = random_case(13, length=40)
+    tensors = {name: tensors[name] for name in ("x", "dt", "A", "B", "C")}
+    tensors["dt"] = torch.randn_like(tensors["dt"])
+    clamped = tensors | {"dt": tensors["dt"].clamp(min=0.0)}
+    torch.testing.assert_close(chunk_scan(**tensors, chunk_size=16), chunk_scan(**clamped, chunk_size=16))
+    torch.testing.assert_close(recurrent_scan(**tensors)[0], recurrent_scan(**clamped)[0])
+
+
+@pytest.mark.parametrize("with_d", [True, False])
+def test_state_update_is_one_step_of_the_recurrence(with_d):
+    """Decoding and training must be the same model."""
+    generator = torch.Generator().manual_seed(2)
+    batch, heads, width, groups, size = 3, 6, 4, 2, 5
+    state = torch.randn(batch, heads, width, size, generator=generator)
+    x, dt = torch.randn(batch, heads, width, generator=generator), torch.randn(batch, heads, generator=generator)
+    A, bias = -torch.rand(heads, generator=generator), torch.randn(heads, generator=generator)
+    B, C = (torch.randn(batch, groups, size, generator=generator) for _ in range(2))
+    settings = {"D": torch.randn(heads, generator=generator) if with_d else None, "dt_bias": bias, "dt_softplus": True, "dt_limit": (0.1, 0.6)}
+    kept = state.clone()
+    y, after = state_update(state, x, dt, A, B, C, **settings)
+    expected, expected_state = recurrent_scan(x[:, None], dt[:, None], A, B[:, None], C[:, None], initial_states=state, **settings)
+    assert relative(y, expected[:, 0]) < 1e-5 and relative(after, expected_state) < 1e-5
+    assert torch.equal(state, kept)
+    assert state_update(state, x.bfloat16(), dt, A, B, C, **settings)[0].dtype == torch.bfloat16
+
+
+def test_an_empty_text_gives_back_the_initial_state():
+    """A length of 0 reaches the scan when a prefix is empty."""
+    tensors, _, _ = random_case(1, length=3)
+    x, dt, B, C = (tensors[name][:, :0] for name in ("x", "dt", "B", "C"))
+    start = torch.randn(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
+    y, state = chunk_scan(x, dt, tensors["A"], B, C, 16, initial_states=start, return_final_states=True)
+    assert y.shape == x.shape and torch.equal(state, start)
+
+
+SHAPES = {"x": (2, 6, 4, 3), "dt": (2, 6, 4), "A": (4,), "B": (2, 6, 2, 5), "C": (2, 6, 2, 5)}
+WRONG = [
+    ({"x": (2, 6, 12)}, "x has shape"),
+    ({"dt": (2, 6, 3)}, "dt has shape"),
+    ({"A": (3,)}, "A has shape"),
+    ({"B": (2, 5, 2, 5)}, "B and C have shapes"),
+    ({"C": (2, 6, 2, 4)}, "B and C have shapes"),
+    ({"B": (2, 6, 3, 5), "C": (2, 6, 3, 5)}, "do not divide into 3 groups"),
+    ({"D": (3,)}, "D has shape"),
+    ({"D": (1,)}, "D has shape"),
+    ({"z": (2, 6, 4)}, "z has shape"),
+    ({"dt_bias": (1,)}, "dt_bias has shape"),
+    ({"seq_idx": (1, 6)}, "seq_idx has shape"),
+    ({"initial_states": (2, 4, 5, 3)}, "initial_states has shape"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG)
+def test_wrong_shapes_are_named(changed, message):
+    """Broadcasting would make a wrong shape a wrong result."""
+    tensors = {name: torch.zeros(shape) for name, shape in (SHAPES | changed).items()}
+    with pytest.raises(ValueError, match=message):
+        chunk_scan(**tensors, chunk_size=4)
+
+
+def test_a_chunk_of_no_length_is_refused():
+    """It would loop for ever or divide by zero."""
+    tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    with pytest.raises(ValueError, match="chunk_size = 0"):
+        chunk_scan(**tensors, chunk_size=0)
+
+
+def test_the_recurrence_is_right_by_hand():
+    """The reference itself: two positions, one head, worked out on paper."""
+    one = torch.ones(1, 2, 1, 1, dtype=torch.float64)
+    dt, A = torch.tensor([[[0.5], [0.25]]], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
+    y, state = recurrent_scan(one * 2, dt, A, one, one * 3, D=torch.tensor([10.0]), z=one)
+    first = 0.5 * 2
+    second = first * torch.exp(torch.tensor(-0.25, dtype=torch.float64)) + 0.25 * 2
+    gate = F.silu(torch.tensor(1.0, dtype=torch.float64))
+    expected = torch.stack([torch.tensor(3 * first + 20.0, dtype=torch.float64), 3 * second + 20.0]) * gate
+    torch.testing.assert_close(y.flatten(), expected)
+    torch.testing.assert_close(state.flatten(), second[None])
