@@ -25,7 +25,7 @@ OPEN_SHARDS = 64
 class ShardedSource:
     """All samples of a folder of shards. Raises FileNotFoundError or ValueError when the folder, a shard or an index is missing or empty."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, at_most_tiles: int | None = None):
         self.folder = Path(folder)
         shards = sorted(self.folder.glob("*.tar"))
         if not shards:
@@ -36,8 +36,12 @@ class ShardedSource:
             if not index.is_file():
                 raise ValueError(f"shard {shard} has no index {index.name}; write the shards again")
             self.entries += [(shard, json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines()]
+        found = len(self.entries)
+        if at_most_tiles is not None:
+            self.entries = [entry for entry in self.entries if sum(entry[1]["tiles"]) <= at_most_tiles]
+        self.left_out = found - len(self.entries)
         if not self.entries:
-            raise ValueError(f"the shards in {folder} hold no samples")
+            raise ValueError(f"the shards in {folder} hold {found} samples, none of at most {at_most_tiles} tiles")
         self._files: OrderedDict[Path, io.BufferedReader] = OrderedDict()
 
     def __len__(self) -> int:
@@ -91,7 +95,7 @@ class SampleStream(torch.utils.data.Dataset):
 
     def __init__(self, sources: tuple[Source, ...], processor: VLMProcessor, *, seed: int, max_tokens: int):
         self.settings = sources
-        self.sources = [ShardedSource(source.shards) for source in sources]
+        self.sources = [ShardedSource(source.shards, source.at_most_tiles) for source in sources]
         self.processor, self.seed, self.max_tokens = processor, seed, max_tokens
         self.cycle = blend_cycle([source.weight for source in sources])
         counts = [0] * len(sources)

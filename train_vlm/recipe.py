@@ -20,11 +20,13 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """shards: folder of shards; weight: samples taken relative to other sources; max_tiles: limit per image, without the thumbnail."""
+    """shards: folder of shards; weight: samples taken relative to other sources; max_tiles: limit per image, without the thumbnail (larger
+    images are read with fewer tiles); at_most_tiles: samples of more tiles in all are not read (a curriculum; the run says how many)."""
 
     shards: str
     weight: float = 1.0
     max_tiles: int | None = None
+    at_most_tiles: int | None = None
 
     def __post_init__(self):
         if not self.weight > 0:

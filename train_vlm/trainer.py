@@ -115,6 +115,9 @@ def train(recipe: Recipe) -> Path:
     stream = SampleStream(recipe.data.sources, processor, seed=recipe.run.seed, max_tokens=recipe.data.max_tokens)
     if rank == 0:
         print(parts_table(model, recipe.parts), flush=True)
+        for source in stream.sources:
+            if source.left_out:
+                print(f"{source.folder}: {source.left_out:,} samples of more tiles than at_most_tiles are not read")
         print(
             f"{sum(map(len, stream.sources)):,} samples in {len(stream.sources)} sources; {recipe.data.batch_samples} a step on {world_size} rank(s), "
             f"ZeRO {recipe.run.zero_stage}, {recipe.run.precision}, {torch.get_num_threads()} thread(s) a rank",

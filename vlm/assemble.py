@@ -123,6 +123,7 @@ def assemble(
     model = VisionLanguageModel(config, vision_encoder=encoder, language_model=decoder)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(chat.turn_close)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.suppress_tokens = [config.image_token_id]  # a placeholder in an answer would have no tile
     model.projector.to(decoder.dtype)
     images = VLMImageProcessor(
         tile_size=encoder.image_size, max_tiles=max_tiles or (6 if small else 12), image_mean=list(encoder.mean), image_std=list(encoder.std)

@@ -41,7 +41,7 @@ class Request:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:  # so written, NaN is refused too
             raise ValueError(f"temperature is {self.temperature} and top_p {self.top_p}; expected temperature >= 0 and 0 < top_p <= 1")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
@@ -157,8 +157,8 @@ class Engine:
             return Answer("", "error", error=str(error))
         generator = None
         if request.temperature > 0:
-            seed = request.seed if request.seed is not None else torch.seed() & 0x7FFFFFFF
-            generator = torch.Generator().manual_seed(seed)
+            seed = request.seed if request.seed is not None else int(torch.randint(2**31, ()))
+            generator = torch.Generator().manual_seed(seed % 2**63)
         return _Row(index, request, prepared, [], generator)
 
     def _answer_batch(self, rows: list[_Row]) -> Iterator[tuple[int, Answer]]:
@@ -245,23 +245,23 @@ class Engine:
             return True
         row.said.append(token)
         row.text = self.processor.tokenizer.decode(row.said, skip_special_tokens=True)
-        for stop in row.request.stop:
-            if stop and stop in row.text:
-                row.text, row.stop_reason = row.text[: row.text.index(stop)], "stop"
-                return True
+        ends = [row.text.index(stop) for stop in row.request.stop if stop and stop in row.text]
+        if ends:
+            row.text, row.stop_reason = row.text[: min(ends)], "stop"
+            return True
         if len(row.said) >= row.request.max_new_tokens:
             row.stop_reason = "length"
             return True
         return False
 
-    @staticmethod
-    def _choose(logits: torch.Tensor, rows: list[_Row]) -> list[int]:
-        """Greedy, or drawn with the row's own generator, so that batch mates do not matter."""
+    def _choose(self, logits: torch.Tensor, rows: list[_Row]) -> list[int]:
+        """Greedy, or drawn with the row's own generator, so that batch mates do not matter. A placeholder, which needs a tile, is never said."""
+        logits[:, self.model.config.image_token_id] = float("-inf")
         tokens = logits.argmax(-1).tolist()
         for place, row in enumerate(rows):
             if row.generator is None:
                 continue
-            probabilities = (logits[place].cpu() / row.request.temperature).softmax(-1)
+            probabilities = ((logits[place] - logits[place].max()).cpu().double() / row.request.temperature).softmax(-1)
             if row.request.top_p < 1.0:
                 ordered, order = probabilities.sort(descending=True)
                 ordered[ordered.cumsum(-1) - ordered >= row.request.top_p] = 0.0

@@ -213,6 +213,17 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             return inputs
         return inputs | {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, **kwargs):
+        """For beams and several returned sequences: rows are repeated side by side, so each row's tiles must be repeated together."""
+        if pixel_values is not None and expand_size > 1:
+            placeholders = (input_ids == self.config.image_token_id).sum(-1)
+            tiles = pixel_values.split((placeholders // self.config.visual_tokens_per_tile).tolist())
+            pixel_values = torch.cat([group for group in tiles for _ in range(expand_size)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, kwargs | {"pixel_values": pixel_values}
+
     @torch.no_grad()
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each part."""

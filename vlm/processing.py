@@ -4,6 +4,7 @@ Letters: B batch, T positions, N tiles.
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -136,8 +137,8 @@ class VLMProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, add_special_tokens=False, return_tensors="pt", **kwargs) -> BatchFeature:
         """Text made by the chat template, in which each `<image>` stands for one of `images` (a flat list over the batch).
 
-        Special tokens in `text` are special here: give it only text that the chat template made. Raises ValueError when `<image>` and
-        images differ in number.
+        `<image>` and the marks of the chat format are special here, nothing else is: give it only text that the chat template made. Raises
+        ValueError when `<image>` and images differ in number.
         """
         texts = [text] if isinstance(text, str) else list(text)
         images = [] if images is None else (list(images) if isinstance(images, list | tuple) else [images])
@@ -147,14 +148,7 @@ class VLMProcessor(ProcessorMixin):
             raise ValueError(f"found {found} times {PLACEHOLDER} in the text for {len(images)} images; expected one for each image")
         vision = self.image_processor(images) if images else None
         counts = iter(vision["num_tiles"].tolist() if vision else [])
-        rows = []
-        for item in texts:
-            pieces = item.split(PLACEHOLDER)
-            ids = list(self.tokenizer.encode(pieces[0], add_special_tokens=False))
-            for piece in pieces[1:]:
-                ids += self.renderer.image_ids(next(counts)) + list(self.tokenizer.encode(piece, add_special_tokens=False))
-            rows.append(ids)
-        batch = self.pad(rows)
+        batch = self.pad([self.renderer.encode_marked(item, list(islice(counts, item.count(PLACEHOLDER)))) for item in texts])
         if vision:
             batch["pixel_values"] = vision["pixel_values"]
         return batch

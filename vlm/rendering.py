@@ -10,6 +10,7 @@ An image stands as `<Image>`, then per tile its tag and V placeholders, the thum
 Letters: V visual tokens per tile.
 """
 
+import re
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 
@@ -167,6 +168,30 @@ class Renderer:
         for tag in tags:
             ids += [self._ids[tag]] + [self._ids[PLACEHOLDER]] * self.visual_tokens_per_tile
         return ids + [self._ids[IMAGE_CLOSE]]
+
+    def encode_marked(self, text: str, tiles_per_image: list[int]) -> list[int]:
+        """Ids of a text that the chat template made: chat marks become their tokens, each `<image>` the next image.
+
+        Cut where `render` cuts (behind the role's line, behind the line break of an image), so that both give the same ids; everything
+        between is plain text. Raises ValueError when `<image>` and tile counts differ in number.
+        """
+        marks = [mark for mark in (self.chat_format.bos, self.chat_format.turn_open, self.chat_format.turn_close, PLACEHOLDER) if mark]
+        pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text)
+        found = pieces.count(PLACEHOLDER)
+        if found != len(tiles_per_image):
+            raise ValueError(f"found {found} times {PLACEHOLDER} in the text for {len(tiles_per_image)} images; expected one for each image")
+        counts, ids = iter(tiles_per_image), []
+        for before, piece in zip(["", *pieces], pieces, strict=False):
+            if piece == PLACEHOLDER:
+                ids += self.image_ids(next(counts))
+            elif piece in marks:
+                ids.append(self._ids[piece])
+            else:
+                if before == self.chat_format.turn_open or (before == PLACEHOLDER and piece.startswith("\n")):
+                    line, line_break, piece = piece.partition("\n")
+                    ids += self.encode_plain(line + line_break)
+                ids += self.encode_plain(piece)
+        return ids
 
     def render(self, messages: list[dict], tiles_per_image: list[int], *, add_generation_prompt: bool = False) -> Rendered:
         """Messages (see `normalize_messages`) and the number of tiles of each image, in order, -> ids and labels.

@@ -102,6 +102,8 @@ def open_image(source) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
+    if not (isinstance(source, str | Path) or hasattr(source, "read")):
+        raise ValueError(f"found an image of type {type(source).__name__}; expected a path, a binary file or a Pillow image")
     name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "an image in memory")
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise FileNotFoundError(f"no image at {name}; check the path and the image folder")

@@ -3,10 +3,11 @@
 A window must not reach into the neighbour of a packed row, nor into padding. Packed sequences are spread out with K - 1 zeros between
 them, so that the plain sum over taps is right everywhere.
 
-Letters: B batch, T positions, K taps, F channels, S sequences.
+Letters: B batch, T positions, K taps, F channels (in shapes), S sequences.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import Layout
@@ -16,14 +17,7 @@ __all__ = ["causal_convolution"]
 
 def _sum_over_taps(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """padded (B, T + K - 1, F), weight (F, K): the valid outputs (B, T, F)."""
-    taps = weight.shape[1]
-    length = padded.shape[1] - taps + 1
-    out = padded[:, taps - 1 : taps - 1 + length] * weight[:, taps - 1]
-    if bias is not None:
-        out = out + bias
-    for tap in range(taps - 1):
-        out = torch.addcmul(out, padded[:, tap : tap + length], weight[:, tap])
-    return out
+    return F.conv1d(padded.transpose(1, 2), weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
 
 
 def causal_convolution(

@@ -52,9 +52,9 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
             layout = self._layout_from_transformers(hidden_states, attention_mask, kwargs.get("seq_idx"))
         state_size = self.n_groups * self.ssm_state_size
 
-        if layout.valid is not None:
-            hidden_states = hidden_states * layout.valid[..., None].to(hidden_states.dtype)
         gate, fed, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        if layout.valid is not None:
+            fed = fed * layout.valid[..., None]  # after the projection, whose bias would otherwise reach the first windows
         kept = state.convolution.get(self.layer_idx) if state is not None else None
         fed, window = causal_convolution(fed, self.conv1d.weight.squeeze(1), self.conv1d.bias, layout, kept)  # B T F
         x, B, C = self.act(fed).split([self.intermediate_size, state_size, state_size], dim=-1)

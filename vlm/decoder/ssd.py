@@ -143,9 +143,10 @@ def chunk_scan(
         through = through * (before == segments[..., -1])[..., None]
     current = added.new_zeros(batch, heads, width, state) if initial_states is None else initial_states.to(dtype)
     states = []
-    for chunk in range(added.shape[1]):
+    # Unbound once: indexing in the loop would make its backward pass fill a tensor of all chunks for every chunk.
+    for let_through, fed_in in zip(through[..., None, None].unbind(1), added.unbind(1), strict=True):
         states.append(current)
-        current = current * through[:, chunk, :, None, None] + added[:, chunk]
+        current = torch.addcmul(fed_in, current, let_through)
     entering = torch.stack(states, dim=1)  # b c h p n
 
     # 4. What the state before the chunk gives to each position.

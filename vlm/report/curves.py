@@ -4,12 +4,13 @@ Letters of the drawing: x and y in the units of the data; everything named `_px`
 """
 
 import html
+import itertools
 import math
 
 __all__ = ["curves_svg", "nice_ticks", "thin_points"]
 
 WIDTH_PX, HEIGHT_PX = 960, 340
-LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 64, 16, 14, 46
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 64, 28, 14, 46
 MOST_POINTS = 800  # of one curve; more than the plot has columns
 CURVE_COLOURS = 8
 
@@ -58,11 +59,12 @@ def thin_points(points: list[tuple[float, float]], most: int = MOST_POINTS) -> l
 
 
 def _running_mean(points, window: int):
-    """Each y as the mean of the last `window` ones (fewer at the start)."""
-    result, total = [], 0.0
-    for place, (x, y) in enumerate(points):
-        total += y - (points[place - window][1] if place >= window else 0.0)
-        result.append((x, total / min(place + 1, window)))
+    """Each y as the mean of the `window` points around it (fewer at both ends), so that the curve does not lag."""
+    sums = [0.0, *itertools.accumulate(y for _, y in points)]
+    result = []
+    for place, (x, _) in enumerate(points):
+        half = min((window - 1) // 2, place, len(points) - 1 - place)
+        result.append((x, (sums[place + half + 1] - sums[place - half]) / (2 * half + 1)))
     return result
 
 
@@ -74,7 +76,8 @@ def _label(value: float) -> str:
 
 def curves_svg(curves: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, *, log_y: bool = False, smooth: int = 1) -> str:
     """One SVG with axes, ticks, grid and a legend. curves: name -> [(x, y), ...] in drawing order; points that are not finite are left out
-    and counted in the legend, so are those at or below 0 under `log_y`. smooth: points in a running mean, drawn over the pale raw curve.
+    and counted in the legend, so are those at or below 0 under `log_y`. smooth: points in a centred running mean, drawn over the pale
+    raw curve.
 
     Raises ValueError when there is nothing to draw or `smooth` is below 1.
     """
@@ -85,7 +88,7 @@ def curves_svg(curves: dict[str, list[tuple[float, float]]], x_label: str, y_lab
         good = [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
         left_out = len(points) - len(good)
         drawn.append(good)
-        names.append(f"{name} ({left_out:,} points left out)" if left_out else str(name))
+        names.append(f"{name} (left out: {left_out:,})" if left_out else str(name))
     if not any(drawn):
         listed = ", ".join(map(str, curves)) or "no names"
         raise ValueError(f"found no finite point in {len(curves)} curves ({listed}); expected [(x, y), ...] for each name")

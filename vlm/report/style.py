@@ -47,8 +47,8 @@ figcaption{color:var(--soft);font-size:14px}
 .plot svg{display:block;width:100%;height:auto;border:1px solid var(--line);border-radius:10px;box-shadow:var(--shadow)}
 .plot figcaption{margin-top:7px}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(228px,1fr));grid-auto-flow:row dense;gap:14px;margin:18px 0}
-.pictures figure{display:flex;flex-direction:column;overflow:hidden;background:var(--surface);border:1px solid var(--line);border-radius:10px}
-.pictures figure{box-shadow:var(--shadow)}
+.pictures figure{display:flex;flex-direction:column;overflow:hidden;background:var(--surface);border-radius:10px}
+.pictures figure{border:1px solid var(--line);box-shadow:var(--shadow)}
 @media(min-width:560px){.pictures .broad{grid-column:span 2}}
 .frame{display:flex;flex:1;align-items:center;justify-content:center;background:var(--stripe);border-bottom:1px solid var(--line)}
 .pictures img{display:block;max-width:100%;height:auto;image-rendering:pixelated}

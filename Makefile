@@ -1,0 +1,32 @@
+# Everything happens in .venv, which is made when missing. On a fresh machine: make quickstart, make test.
+PYTHON ?= python3
+MINUTES ?= 15
+MODEL ?= runs/quickstart/model
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install quickstart test demo lint clean-quickstart
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[all,dev]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/python -m train_vlm.quickstart --minutes $(MINUTES)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+demo: $(STAMP)
+	$(BIN)/python demo/app.py --model $(MODEL)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff . || true
+
+clean-quickstart:
+	rm -rf runs/quickstart
