@@ -4,7 +4,7 @@ Mamba-2 (arXiv 2405.21060, section 6) computes h_t = exp(dt_t A) h_{t-1} + dt_t 
 the meaning and shapes of mamba-ssm's `mamba_chunk_scan_combined`, for any length and any device, and **resets the state where
 `seq_idx` changes**, so that packed samples cannot see each other. `recurrent_scan` is the definition, written as a loop in float64.
 
-Not here: the convolution, the gate's norm (mixer.py), and the Triton kernels.
+Not here: the arithmetic over chunks and its backward pass (chunked_scan.py), the convolution, the gate's norm (mixer.py), the Triton kernels.
 
 Letters: B batch, T positions, H heads, P head width, G groups, N state; c chunks, L positions of a chunk; R = H / G heads per group.
 """
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from .chunked_scan import ChunkedScan
 
 __all__ = ["chunk_scan", "recurrent_scan", "state_update"]
 
@@ -94,7 +96,7 @@ def chunk_scan(
     if chunk_size < 1:
         raise ValueError(f"{chunk_size = }; expected at least 1")
     batch, length, heads, width = x.shape
-    groups, state = B.shape[2], B.shape[3]
+    state = B.shape[3]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if length == 0:
         final = torch.zeros(batch, heads, width, state, dtype=dtype, device=x.device) if initial_states is None else initial_states.to(dtype)
@@ -114,48 +116,11 @@ def chunk_scan(
         segments = rearrange(segments, "b (c l) -> b c l", l=span)
 
     steps = rearrange(steps, "b (c l) h -> b c h l", l=span)
-    xs = rearrange(xs, "b (c l) h p -> b c h l p", l=span)
+    xs = rearrange(xs, "b (c l) h p -> b c h l p", l=span).contiguous()
     Bs = rearrange(Bs, "b (c l) g n -> b c g l n", l=span)
     Cs = rearrange(Cs, "b (c l) g n -> b c g l n", l=span)
-    decay = (steps * A.to(dtype)[:, None]).cumsum(-1)  # b c h l: log of the decay since the chunk's start, inclusive
-    weighted = xs * steps[..., None]  # b c h l p
-
-    # 1. Within a chunk: scores per group, decay per head.
-    scores = rearrange(Cs @ Bs.transpose(-1, -2), "b c g l s -> b c g 1 l s")
-    visible = torch.ones(span, span, dtype=torch.bool, device=x.device).tril()
-    if segments is not None:
-        visible = (visible & (segments[..., :, None] == segments[..., None, :]))[:, :, None]  # b c 1 l s
-    gaps = (decay[..., :, None] - decay[..., None, :]).masked_fill(~visible, float("-inf"))
-    mixing = rearrange(gaps.exp(), "b c (g r) l s -> b c g r l s", g=groups) * scores
-    y = rearrange(mixing, "b c g r l s -> b c (g r) l s") @ weighted  # b c h l p
-
-    # 2. What each chunk adds to the state at its end, from its last segment only.
-    to_end = (decay[..., -1:] - decay).exp()  # b c h l
-    if segments is not None:
-        to_end = to_end * (segments == segments[..., -1:])[:, :, None]
-    fed = rearrange(weighted * to_end[..., None], "b c (g r) l p -> b c g (r p) l", g=groups)
-    added = rearrange(fed @ Bs, "b c g (r p) n -> b c (g r) p n", p=width)
-
-    # 3. The state before each chunk: a loop over chunks; a chunk with a boundary lets nothing through.
-    through = decay[..., -1].exp()  # b c h
-    if segments is not None:
-        before = torch.cat([segments[:, :1, 0], segments[:, :-1, -1]], dim=1)  # b c: segment of the position before the chunk
-        through = through * (before == segments[..., -1])[..., None]
-    current = added.new_zeros(batch, heads, width, state) if initial_states is None else initial_states.to(dtype)
-    states = []
-    # Unbound once: indexing in the loop would make its backward pass fill a tensor of all chunks for every chunk.
-    for let_through, fed_in in zip(through[..., None, None].unbind(1), added.unbind(1), strict=True):
-        states.append(current)
-        current = torch.addcmul(fed_in, current, let_through)
-    entering = torch.stack(states, dim=1)  # b c h p n
-
-    # 4. What the state before the chunk gives to each position.
-    from_start = decay.exp()
-    if segments is not None:
-        from_start = from_start * (segments == before[..., None])[:, :, None]
-    carried = Cs @ rearrange(entering, "b c (g r) p n -> b c g n (r p)", g=groups)  # b c g l (r p)
-    carried = rearrange(carried, "b c g l (r p) -> b c (g r) l p", p=width)
-    y = y + carried * from_start[..., None]
+    before = xs.new_zeros(batch, heads, width, state) if initial_states is None else initial_states.to(dtype)
+    y, current = ChunkedScan.apply(xs, steps, A.to(dtype), Bs, Cs, before, segments)
 
     y = rearrange(y, "b c h l p -> b (c l) h p")[:, :length]
     if D is not None:
