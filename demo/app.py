@@ -32,10 +32,13 @@ STYLE = """
 #head h1{font-size:24px;margin:0;letter-spacing:-.01em}
 #head p{margin:2px 0 0;color:var(--body-text-color-subdued)}
 #chat{border-radius:12px}
-#chat img{image-rendering:auto;max-height:260px;width:auto}
-#side h2{font-size:16px;margin:0 0 6px}
-#side .quiet,#status p{color:var(--body-text-color-subdued);font-size:var(--text-sm)}
-#examples .grid-container{gap:8px}
+#chat img{max-height:260px;width:auto}
+#chat button[title=Share],#chat button[aria-label=Share]{display:none}
+#side{background:var(--background-fill-secondary);border:1px solid var(--border-color-primary);border-radius:12px;padding:16px}
+#side h2{font-size:16px;margin:0}
+.quiet p,p.quiet,#status p{color:var(--body-text-color-subdued);font-size:var(--text-sm)}
+#examples{border:0;background:none;padding:0}
+#examples .grid-wrap,#examples .grid-container{padding:0;gap:8px}
 """
 
 
@@ -144,7 +147,9 @@ def build_page(engine, model_name: str, examples: list[str] = ()):
 
     with gr.Blocks(title=f"{model_name}: image chat", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         turns = gr.State(())
-        gr.Markdown(f"# Ask {_plain(model_name)} about a picture\n{facts}", elem_id="head")
+        with gr.Row(equal_height=False):
+            gr.Markdown(f"# Ask {_plain(model_name)} about a picture\n{facts}", elem_id="head")
+            clear = gr.Button("Clear the conversation", variant="secondary", size="md", scale=0, min_width=210)
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=420):
                 chatbot = gr.Chatbot(
@@ -156,24 +161,25 @@ def build_page(engine, model_name: str, examples: list[str] = ()):
                     file_count="multiple", autofocus=True, max_plain_text_length=100_000,
                 )  # fmt: skip
                 if examples:
+                    gr.Markdown("Example pictures: click one, then ask.", elem_classes="quiet")
                     gallery = gr.Gallery(
-                        list(examples), label="Example pictures: click one, then ask", columns=6, height=190, object_fit="contain",
-                        allow_preview=False, interactive=False, buttons=[], elem_id="examples",
+                        list(examples), show_label=False, columns=8, object_fit="contain", allow_preview=False, interactive=False,
+                        buttons=[], elem_id="examples",
                     )  # fmt: skip
             with gr.Column(scale=2, min_width=320, elem_id="side"):
                 gr.Markdown("## What the model saw")
-                tiles = gr.HTML(NO_TILES)
+                tiles = gr.HTML(NO_TILES, padding=False)
                 status = gr.Markdown("", elem_id="status")
                 with gr.Accordion("Settings", open=False):
                     max_new_tokens = gr.Slider(1, MOST_NEW_TOKENS, value=128, step=1, label="Longest answer, tokens")
                     temperature = gr.Slider(0.0, 2.0, value=0.0, step=0.05, label="Temperature (0: always the likeliest word)")
-                clear = gr.Button("Clear the conversation", variant="secondary")
         asking = box.submit(
             answer, [box, turns, max_new_tokens, temperature], [chatbot, turns, tiles, status, box],
             concurrency_limit=1, show_progress="hidden", api_name="ask",
         )  # fmt: skip
         box.stop(stopped, turns, [chatbot, status, box], cancels=[asking], show_progress="hidden", api_visibility="private", queue=False)
-        clear.click(cleared, None, [chatbot, turns, tiles, status, box], cancels=[asking], api_visibility="private", queue=False)
+        for event in (clear.click, chatbot.clear):
+            event(cleared, None, [chatbot, turns, tiles, status, box], cancels=[asking], api_visibility="private", queue=False)
         if examples:
             gallery.select(take_example, box, box, show_progress="hidden", api_visibility="private")
     return page, {"theme": theme, "css": STYLE + TILE_STYLE, "allowed_paths": list(examples)}

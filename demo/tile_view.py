@@ -107,7 +107,7 @@ TILE_STYLE = """
 .tile-view .grid.one{grid-template-columns:minmax(0,220px)}
 .tile-view .thumbnail{display:flex;align-items:center;gap:12px;margin-top:10px;padding-top:10px}
 .tile-view .thumbnail{border-top:1px dashed var(--border-color-primary)}
-.tile-view .thumbnail .tile{flex:0 0 150px}
+.tile-view .thumbnail .tile{flex:0 0 168px}
 .tile-view .thumbnail p{margin:0;color:var(--body-text-color-subdued);font-size:var(--text-sm)}
 .tile-view .tile{display:block;cursor:zoom-in;min-width:0}
 .tile-view .tile input{position:absolute;opacity:0;pointer-events:none}

@@ -75,10 +75,6 @@ class Prepared:
 class VLMProcessor(ProcessorMixin):
     """Tokenizer, image processor and chat format of one model. `prepare` makes one sample; calling it makes a padded batch."""
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(self, image_processor=None, tokenizer=None, chat_format=None, visual_tokens_per_tile=256, chat_template=None, **kwargs):
         chat_format = ChatFormat(**chat_format) if isinstance(chat_format, dict) else chat_format or ChatFormat()
         self.chat_format = chat_format.to_dict()

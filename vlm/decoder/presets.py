@@ -53,7 +53,7 @@ MIXTURE_30B = {
     "moe_shared_expert_intermediate_size": 3712,
     "routed_scaling_factor": 2.5,
 }
-TINY_WIDTHS = {"head_dim": 32, "n_groups": 1, "chunk_size": 64, "vocab_size": 1024}
+TINY_WIDTHS = {"head_dim": 32, "n_groups": 1, "chunk_size": 32, "vocab_size": 1024}
 
 PRESETS: dict[str, dict] = {
     #                 pattern          hidden    FFN  heads kv  Mamba heads x width, state, positions
