@@ -19,11 +19,13 @@ def from_llava(sample: dict) -> tuple[list[dict], list[str]]:
     if not isinstance(turns, list) or not turns:
         raise ValueError("no conversations in the sample; expected a list of {'from', 'value'}")
     images = sample.get("image") or []
-    images = [images] if isinstance(images, str) else list(images)
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise ValueError(f"'image' is {str(images)[:60]!r}; expected a path or a list of paths")
     left, messages = len(images), []
     for turn in turns:
-        speaker, text = turn.get("from"), turn.get("value")
-        if speaker not in ROLES or not isinstance(text, str):
+        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(text, str):
             raise ValueError(f"turn {str(turn)[:60]!r}; expected 'from' human or gpt and 'value' text")
         parts = []
         while ROLES[speaker] == "user" and left and MARK in text:

@@ -20,7 +20,7 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of a recipe key, such as run.steps=100")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     warnings.filterwarnings("ignore", module="deepspeed")
     try:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -33,7 +33,7 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
 
         train(recipe)
         return 0
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"{stage}: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, torch.OutOfMemoryError) as error:

@@ -10,11 +10,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from train_vlm.recipe import Source
 from vlm.processing import VLMProcessor
-from vlm.tiling import to_rgb
+from vlm.tiling import open_image
 
 __all__ = ["SampleStream", "ShardedSource", "blend_cycle"]
 
@@ -35,7 +34,10 @@ class ShardedSource:
             index = shard.with_suffix(".index.jsonl")
             if not index.is_file():
                 raise ValueError(f"shard {shard} has no index {index.name}; write the shards again")
-            self.entries += [(shard, json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines()]
+            try:
+                self.entries += [(shard, json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines()]
+            except ValueError as error:
+                raise ValueError(f"index {index} is damaged ({error}); write the shards again") from error
         found = len(self.entries)
         if at_most_tiles is not None:
             self.entries = [entry for entry in self.entries if sum(entry[1]["tiles"]) <= at_most_tiles]
@@ -67,9 +69,8 @@ class ShardedSource:
         images = []
         for name in names:
             try:
-                with Image.open(io.BytesIO(self._read(shard, entry["members"][name]))) as image:
-                    images.append(to_rgb(image))
-            except OSError as error:
+                images.append(open_image(io.BytesIO(self._read(shard, entry["members"][name]))))
+            except ValueError as error:
                 raise ValueError(f"image {name} of sample {entry['key']} is broken: {error}") from error
         waiting = iter(images)
         for message in record["messages"]:
@@ -98,6 +99,9 @@ class SampleStream(torch.utils.data.Dataset):
         self.sources = [ShardedSource(source.shards, source.at_most_tiles) for source in sources]
         self.processor, self.seed, self.max_tokens = processor, seed, max_tokens
         self.cycle = blend_cycle([source.weight for source in sources])
+        unread = [source.shards for number, source in enumerate(sources) if number not in self.cycle]
+        if unread:
+            raise ValueError(f"data.sources: the weight of {unread[0]} is under 1/{CYCLE} of all; raise it or leave the source out")
         counts = [0] * len(sources)
         self.rank_in_cycle = []  # how many earlier places of the cycle have the same source
         for source in self.cycle:

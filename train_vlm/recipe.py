@@ -31,6 +31,8 @@ class Source:
     def __post_init__(self):
         if not self.weight > 0:
             raise RecipeError(f"data.sources.weight is {self.weight}; expected more than 0")
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise RecipeError(f"data.sources.max_tiles is {self.max_tiles}; expected at least 1, or null for the model's own limit")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Data:
         for name in ("batch_samples", "micro_batches", "max_tokens"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+        if self.workers < 0 or not self.max_skipped_percent >= 0:
+            raise RecipeError(f"data.workers is {self.workers} and max_skipped_percent {self.max_skipped_percent}; expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,11 @@ class Optimizer:
     def __post_init__(self):
         if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
             raise RecipeError(f"optimizer.warmup is {self.warmup} and optimizer.final {self.final}; expected shares between 0 and 1")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0 and self.clip > 0):
+            raise RecipeError(
+                f"optimizer has beta1 {self.beta1}, beta2 {self.beta2}, weight_decay {self.weight_decay}, clip {self.clip}; expected betas in "
+                "[0, 1), weight_decay of 0 or more, clip above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,9 @@ class Run:
             raise RecipeError(f"run.steps is {self.steps} and run.minutes {self.minutes}; give exactly one of them")
         if (self.steps is not None and self.steps < 1) or (self.minutes is not None and not self.minutes > 0):
             raise RecipeError(f"run.steps is {self.steps} and run.minutes {self.minutes}; expected more than 0")
+        for name in ("log_every", "threads_per_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise RecipeError(f"run.{name} is {getattr(self, name)}; expected at least 1")
         if self.zero_stage not in (0, 1, 2, 3):
             raise RecipeError(f"run.zero_stage is {self.zero_stage}; expected 0, 1, 2 or 3")
         if self.precision not in ("float32", "bfloat16"):
@@ -196,7 +208,7 @@ def _checked(kind, value, path: str):
             return int(float(value))
         if "float" in allowed and not isinstance(value, bool):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     if "str" in allowed and isinstance(value, str | int | float):
         return str(value)

@@ -4,6 +4,7 @@ Only rank 0 writes. Files: `log.jsonl` (a line each logged step), `tensorboard/`
 """
 
 import json
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -61,7 +62,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
         self.writer = SummaryWriter(str(folder / "tensorboard"))
-        self.bar = tqdm(total=total_steps, desc=title, unit="step", mininterval=1.0, dynamic_ncols=True)
+        # In a file or a pipe a bar is a line each time: once in half a minute is enough.
+        self.bar = tqdm(total=total_steps, desc=title, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0, dynamic_ncols=True)
 
     def set_total(self, steps: int) -> None:
         if self.bar is not None:
@@ -79,7 +81,8 @@ class RunLog:
         self.file.flush()
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, rate {max(v for k, v in values.items() if k.startswith('lr/')):.1e}")
+        rate = max(value for name, value in values.items() if name.startswith("lr/"))
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, rate {rate:.1e}", refresh=False)
 
     def close(self, summary: dict | None = None) -> None:
         if self.folder is None:

@@ -23,7 +23,7 @@ from vlm.checkpoint import load_model, save_model
 
 __all__ = ["learning_rate_share", "train", "train_step"]
 
-TIMED_FROM, TIMED_TO = 4, 16  # steps whose time sets the number of steps of a run given in minutes
+TIMED_FROM, TIMED_TO = 10, 40  # steps whose time sets the number of steps of a run given in minutes
 
 
 def learning_rate_share(step: int, steps: int, warmup: float, final: float) -> float:

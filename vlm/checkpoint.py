@@ -1,5 +1,6 @@
 """Open and save a model folder: weights, configuration, tokenizer, processor, chat template - one folder, whole or not at all."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from .configuration import VLMConfig
 from .modeling import VisionLanguageModel
 from .processing import VLMProcessor
 
@@ -28,14 +30,18 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device=N
     if missing:
         raise ValueError(f"{folder} is no model checkpoint: {', '.join(missing)} missing; expected a folder made by python -m vlm.assemble or a run")
     try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        if kind != VLMConfig.model_type:
+            raise ValueError(f"its config.json is that of a model of type {kind!r}, not {VLMConfig.model_type!r}")
         model, report = VisionLanguageModel.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}; the checkpoint is damaged or of another kind") from error
+        processor = VLMProcessor.from_pretrained(folder)
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} cannot be loaded: {reason}; the checkpoint is damaged or of another kind") from error
     wrong = {name: sorted(map(str, report[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(name)}
     if wrong:
         lines = "; ".join(f"{name.replace('_', ' ')}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" for name, keys in wrong.items())
         raise ValueError(f"{folder} does not fit its configuration: {lines}")
-    processor = VLMProcessor.from_pretrained(folder)
     if device is not None:
         model = model.to(device)
     return model.eval(), processor

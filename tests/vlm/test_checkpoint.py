@@ -1,0 +1,206 @@
+"""A model folder: written whole, opened by transformers' Auto classes, byte for byte; anything else is refused with a reason."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+
+from vlm import VisionLanguageModel, VLMConfig, VLMImageProcessor, VLMProcessor
+from vlm.assemble import assemble
+from vlm.checkpoint import load_model, save_model
+
+# Every name in the file, with numbers as N. Others read these files: a change here breaks them.
+SAVED_KEYS = """
+language_model.backbone.embeddings.weight
+language_model.backbone.layers.N.mixer.A_log
+language_model.backbone.layers.N.mixer.D
+language_model.backbone.layers.N.mixer.convNd.bias
+language_model.backbone.layers.N.mixer.convNd.weight
+language_model.backbone.layers.N.mixer.down_proj.weight
+language_model.backbone.layers.N.mixer.dt_bias
+language_model.backbone.layers.N.mixer.in_proj.weight
+language_model.backbone.layers.N.mixer.k_proj.weight
+language_model.backbone.layers.N.mixer.norm.weight
+language_model.backbone.layers.N.mixer.o_proj.weight
+language_model.backbone.layers.N.mixer.out_proj.weight
+language_model.backbone.layers.N.mixer.q_proj.weight
+language_model.backbone.layers.N.mixer.up_proj.weight
+language_model.backbone.layers.N.mixer.v_proj.weight
+language_model.backbone.layers.N.norm.weight
+language_model.backbone.norm_f.weight
+language_model.lm_head.weight
+projector.linear_N.bias
+projector.linear_N.weight
+projector.norm.bias
+projector.norm.weight
+""".split()
+
+
+@pytest.fixture(scope="module")
+def changed(tiny):
+    """A model whose every weight differs from what initialisation would write, in mixed dtypes."""
+    model, processor = assemble("tiny", seed=4)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def folder(changed, tmp_path_factory):
+    return save_model(*changed, tmp_path_factory.mktemp("saved") / "model")
+
+
+def test_the_names_of_saved_weights_are_pinned(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = {re.sub(r"\d+", "N", key) for key in file.keys()}
+    assert sorted(name for name in names if not name.startswith("vision_encoder.")) == sorted(SAVED_KEYS)
+    assert all(name.startswith("vision_encoder.tower.") for name in names if name.startswith("vision_encoder"))
+
+
+def test_every_weight_comes_back_byte_for_byte(folder, changed):
+    """A_log, D and dt_bias above all: transformers' Nemotron-H draws them again when it thinks they are new."""
+    model, _ = load_model(folder)
+    expected = changed[0].state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+    assert not model.training
+
+
+def test_the_auto_classes_open_the_folder(folder, changed):
+    """After `import vlm`, peft, accelerate and evaluation harnesses find everything by these four."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(model) is VisionLanguageModel and type(AutoConfig.from_pretrained(folder)) is VLMConfig
+    processor, images = AutoProcessor.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    assert type(processor) is VLMProcessor and type(images) is VLMImageProcessor
+    expected = changed[1]
+    for name in ("tile_size", "max_tiles", "policy", "thumbnail", "image_mean", "image_std"):
+        assert getattr(images, name) == getattr(processor.image_processor, name) == getattr(expected.image_processor, name), name
+    assert processor.chat_format == expected.chat_format and processor.visual_tokens_per_tile == expected.visual_tokens_per_tile
+    assert processor.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    messages = [{"role": "user", "content": "a <image> b"}]
+    assert processor.apply_chat_template(messages) == expected.apply_chat_template(messages)
+    assert processor.prepare(messages).rendered == expected.prepare(messages).rendered
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, changed[0].state_dict()[name]), name
+
+
+def test_logits_and_generation_settings_come_back(folder, changed):
+    model, _ = load_model(folder)
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, changed[0](input_ids=ids).logits)
+    for name in ("eos_token_id", "pad_token_id", "suppress_tokens"):
+        assert getattr(model.generation_config, name) == getattr(changed[0].generation_config, name) is not None
+
+
+def test_a_second_saving_is_the_same(folder, tmp_path):
+    """Renamed back and forth, keys must not drift."""
+    again = save_model(*load_model(folder), tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in folder.iterdir())
+    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_shards_are_read_too(changed, tmp_path):
+    folder = save_model(*changed, tmp_path / "sharded", max_shard_size="2MB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    model, _ = load_model(folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), changed[0].state_dict().values(), strict=True))
+
+
+def test_half_precision_is_kept(changed, tmp_path):
+    model, processor = load_model(save_model(*changed, tmp_path / "wide"), dtype=torch.bfloat16)
+    narrow, _ = load_model(save_model(model, processor, tmp_path / "narrow"))
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+
+
+def test_an_older_folder_is_replaced_whole(changed, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "leftover.bin").write_bytes(b"x")
+    folder = save_model(*changed, tmp_path / "model")
+    assert not (folder / "leftover.bin").exists() and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_saving_leaves_the_older_folder(changed, tmp_path, monkeypatch):
+    """The disk fills up in the middle: yesterday's checkpoint must still be there, and nothing else."""
+    folder = save_model(*changed, tmp_path / "model")
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(VLMProcessor, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(*changed, folder)
+    assert (folder / "model.safetensors").is_file() and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def damage(folder, kind):
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if kind == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif kind == "weights gone":
+        weights.unlink()
+    elif kind == "garbage weights":
+        weights.write_bytes(b"no safetensors at all")
+    elif kind == "config is no JSON":
+        config.write_text("{")
+    elif kind == "config is a list":
+        config.write_text("[]")
+    elif kind == "another model":
+        config.write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    elif kind == "decoder of another width":
+        content = json.loads(config.read_text())
+        content["text_config"]["hidden_size"] = 64
+        config.write_text(json.dumps(content))
+    elif kind == "a layer more":
+        content = json.loads(config.read_text())
+        content["text_config"]["layers_block_type"].append(content["text_config"]["layers_block_type"][0])
+        content["text_config"].pop("num_hidden_layers", None)
+        config.write_text(json.dumps(content))
+    elif kind == "an unknown encoder":
+        content = json.loads(config.read_text())
+        content["vision_config"]["encoder"]["name"] = "internvitt"
+        config.write_text(json.dumps(content))
+    elif kind == "tokenizer is no JSON":
+        (folder / "tokenizer.json").write_text("{")
+    elif kind == "tokenizer gone":
+        (folder / "tokenizer.json").unlink()
+    elif kind == "processor is no JSON":
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            if (folder / name).exists():
+                (folder / name).write_text("{")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated weights", "weights gone", "garbage weights", "config is no JSON", "config is a list", "another model", "decoder of another width",
+     "a layer more", "an unknown encoder", "tokenizer is no JSON", "tokenizer gone", "processor is no JSON"],
+)  # fmt: skip
+def test_a_damaged_folder_is_refused_with_its_name(folder, tmp_path, kind):
+    """Loaded as far as it goes, a damaged checkpoint answers with random weights and without a word."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damage(copy, kind)
+    with pytest.raises(ValueError, match=re.escape(str(copy))):
+        load_model(copy)
+
+
+def test_a_folder_that_is_no_checkpoint_says_what_is_missing(tmp_path, tiny):
+    with pytest.raises(ValueError, match=r"is no model checkpoint: config.json, .* missing"):
+        load_model(tmp_path)
+    tiny[0].language_model.save_pretrained(tmp_path / "decoder")
+    with pytest.raises(ValueError, match="is no model checkpoint"):
+        load_model(tmp_path / "decoder")
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(FileNotFoundError, match="no folder at nowhere"):
+        load_model("nowhere")
