@@ -18,9 +18,9 @@ MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu San
 WELCOME = "### Drop a picture and ask about it\nThen ask again: the picture stays in the conversation."
 NO_TILES = '<p class="quiet">The tiles appear here with the first picture you ask about.</p>'
 STYLE = """
-.gradio-container{max-width:1320px!important;margin:0 auto!important}
+.gradio-container{width:100%!important;max-width:1320px!important;margin:0 auto!important}
 #head h1{font-size:24px;margin:0;letter-spacing:-.01em}
-#head{min-width:260px}
+#head{min-width:0!important}
 #head p{margin:2px 0 0;color:var(--body-text-color-subdued)}
 #chat{border-radius:12px}
 #chat img{max-height:260px;width:auto}
@@ -71,7 +71,7 @@ def _status(step: Step) -> str:
 
 
 def build_page(engine, model_name: str, examples: list[str] = ()):
-    """The page as gr.Blocks, and what `launch` needs beside it (theme, css, allowed_paths). Raises ImportError without gradio."""
+    """The page as gr.Blocks, and what mounting it needs beside it (theme, css, allowed_paths). Raises ImportError without gradio."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
 
@@ -110,7 +110,7 @@ def build_page(engine, model_name: str, examples: list[str] = ()):
         turns = gr.State(())
         with gr.Row(equal_height=False):
             gr.Markdown(f"# Ask {_plain(model_name)} about a picture\n{facts}", elem_id="head")
-            clear = gr.Button("Clear the conversation", variant="secondary", size="md", scale=0, min_width=210)
+            clear = gr.Button("Clear", variant="secondary", size="md", scale=0, min_width=96)
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=320):
                 chatbot = gr.Chatbot(
@@ -133,7 +133,7 @@ def build_page(engine, model_name: str, examples: list[str] = ()):
                 status = gr.Markdown("", elem_id="status")
                 with gr.Accordion("Settings", open=False):
                     max_new_tokens = gr.Slider(1, MOST_NEW_TOKENS, value=128, step=1, label="Longest answer, tokens")
-                    temperature = gr.Slider(0.0, 2.0, value=0.0, step=0.05, label="Temperature (0: always the likeliest word)")
+                    temperature = gr.Slider(0.0, 2.0, value=0.0, step=0.05, label="Temperature (0: no chance)")
         asking = box.submit(
             answer, [box, turns, max_new_tokens, temperature], [chatbot, turns, tiles, status, box],
             concurrency_limit=1, show_progress="hidden", api_name="ask",
@@ -142,5 +142,5 @@ def build_page(engine, model_name: str, examples: list[str] = ()):
         for event in (clear.click, chatbot.clear):
             event(cleared, None, [chatbot, turns, tiles, status, box], cancels=[asking], api_visibility="private", queue=False)
         if examples:
-            gallery.select(take_example, box, box, show_progress="hidden", api_visibility="private")
+            gallery.select(take_example, box, box, show_progress="hidden", api_visibility="private", queue=False)
     return page, {"theme": theme, "css": STYLE + TILE_STYLE, "allowed_paths": list(examples)}

@@ -91,7 +91,7 @@ def tiles_html(views: Sequence[PictureView]) -> str:
         parts.append(
             f"<details{' open' if number == len(views) else ''}><summary>Picture {number}: {html.escape(view.name)}</summary>"
             f'<p class="facts"><b>{view.width} × {view.height}</b> px <i>→</i> <b>{cut}</b> of {size} px <i>→</i> '
-            f"<b>{view.visual_tokens:,} visual tokens</b> ({len(view.tiles)} × {per_tile})</p>"
+            f"<b>{view.visual_tokens:,} visual tokens</b> <span>({len(view.tiles)} × {per_tile})</span></p>"
             f'<div class="grid{" one" if one else ""}" style="--columns:{view.grid.columns}">{"".join(tiles)}</div>{thumbnail}</details>'
         )
     return f'<div class="tile-view">{"".join(parts)}</div>'
@@ -101,6 +101,7 @@ TILE_STYLE = """
 .tile-view details{margin:0 0 10px}
 .tile-view summary{cursor:pointer;font-weight:600;overflow-wrap:anywhere}
 .tile-view .facts{margin:6px 0 10px;color:var(--body-text-color-subdued);font-size:var(--text-sm)}
+.tile-view .facts span{white-space:nowrap}
 .tile-view .facts b{color:var(--body-text-color);font-weight:600}
 .tile-view .facts i{font-style:normal;opacity:.6;padding:0 2px}
 .tile-view .grid{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,150px));gap:6px}

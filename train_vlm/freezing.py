@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from train_vlm.muon import MuonAdamW, is_muon_matrix
 from train_vlm.recipe import Optimizer, Parts
 
 __all__ = ["apply_parts", "make_optimizer", "parameter_groups", "parts_table"]
@@ -24,18 +25,22 @@ def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(model: nn.Module, parts: Parts, optimizer: Optimizer) -> list[dict]:
-    """AdamW groups of the trainable parameters, one per part and kind of decay, each with its peak rate as `peak_lr`."""
+    """Groups of the trainable parameters, one per part, kind of update and decay, each with its peak rate as `peak_lr`."""
     groups = []
     for part in ("vision_encoder", "projector", "language_model"):
         rate = getattr(parts, part)
         if rate is None:
             continue
-        named = [(name, p) for name, p in getattr(model, part).named_parameters() if p.requires_grad]
-        for decayed in (True, False):
-            chosen = [p for name, p in named if _is_decayed(f".{name}", p) == decayed]
-            if chosen:
-                decay = optimizer.weight_decay if decayed else 0.0
-                groups.append({"params": chosen, "lr": rate, "peak_lr": rate, "weight_decay": decay, "part": part})
+        chosen: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in getattr(model, part).named_parameters():
+            if parameter.requires_grad:
+                is_muon = optimizer.kind == "muon" and is_muon_matrix(name, parameter)
+                kind = ("muon" if is_muon else "adamw", is_muon or _is_decayed(f".{name}", parameter))
+                chosen.setdefault(kind, []).append(parameter)
+        for (kind, is_decayed), parameters in chosen.items():
+            peak = rate * (optimizer.muon_rate if kind == "muon" else 1.0)
+            decay = optimizer.weight_decay if is_decayed else 0.0
+            groups.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay, "part": part, "kind": kind})
     return groups
 
 
@@ -51,5 +56,7 @@ def parts_table(model: nn.Module, parts: Parts) -> str:
 
 
 def make_optimizer(groups: list[dict], settings: Optimizer) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`."""
+    """AdamW, or Muon and AdamW, over `parameter_groups`."""
+    if settings.kind == "muon":
+        return MuonAdamW(groups, betas=(settings.beta1, settings.beta2))
     return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=1e-8, foreach=True)

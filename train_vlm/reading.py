@@ -49,6 +49,10 @@ class ShardedSource:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __del__(self):
+        for file in getattr(self, "_files", {}).values():
+            file.close()
+
     def _read(self, shard: Path, place: list[int]) -> bytes:
         if shard not in self._files:
             if len(self._files) >= OPEN_SHARDS:

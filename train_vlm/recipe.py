@@ -76,9 +76,12 @@ class Parts:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW and its calendar. warmup: share of all steps with a rising rate; final: last rate as a share of the peak (cosine between);
+    """kind: adamw, or muon (matrices by Muon, the rest by AdamW; needs ZeRO stage 0 and float32; `muon_rate` is the peak rate of a matrix
+    relative to its part's). The calendar: warmup: share of all steps with a rising rate; final: last rate as a share of the peak (cosine between);
     weight_decay: matrices only; clip: largest gradient norm."""
 
+    kind: str = "adamw"
+    muon_rate: float = 2.5
     warmup: float = 0.03
     final: float = 0.1
     weight_decay: float = 0.05
@@ -87,6 +90,8 @@ class Optimizer:
     clip: float = 1.0
 
     def __post_init__(self):
+        if self.kind not in ("adamw", "muon"):
+            raise RecipeError(f"optimizer.kind is {self.kind!r}; expected adamw or muon")
         if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
             raise RecipeError(f"optimizer.warmup is {self.warmup} and optimizer.final {self.final}; expected shares between 0 and 1")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0 and self.clip > 0):
@@ -139,6 +144,8 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self):
+        if self.optimizer.kind == "muon" and (self.run.zero_stage, self.run.precision) != (0, "float32"):
+            raise RecipeError("optimizer.kind muon needs whole float32 matrices: set run.zero_stage to 0 and run.precision to float32")
         if self.stage not in ("align", "sft"):
             raise RecipeError(f"stage is {self.stage!r}; expected align or sft")
         if self.stage == "align" and (self.parts.language_model is not None or self.parts.projector is None):

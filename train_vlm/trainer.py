@@ -93,6 +93,16 @@ def train_step(engine, batches: list[dict], processor, world_size: int, device: 
     return loss, tokens
 
 
+def _accounts_of_all_ranks(micro: list[dict], world_size: int) -> list[dict]:
+    """What was read and skipped in this step, everywhere: all ranks then stop together when too much is unusable."""
+    accounts = [{name: batch[name] for name in ("seen", "skipped", "tiles_reduced")} for batch in micro]
+    if world_size == 1:
+        return accounts
+    gathered = [None] * world_size
+    torch.distributed.all_gather_object(gathered, accounts)
+    return [account for part in gathered for account in part]
+
+
 def _full_state_dict(engine, zero_stage: int) -> dict | None:
     """All weights on rank 0 (other ranks take part under ZeRO-3 and get None)."""
     if zero_stage == 3:
@@ -146,8 +156,8 @@ def train(recipe: Recipe) -> Path:
             begun = time.monotonic()
             micro = [next(batches) for _ in range(recipe.data.micro_batches)]
             waiting += time.monotonic() - begun
-            for batch in micro:
-                ledger.add(batch)
+            for account in _accounts_of_all_ranks(micro, world_size):
+                ledger.add(account)
             ledger.check(recipe.data.max_skipped_percent)
             share = learning_rate_share(step, steps or 10**9, recipe.optimizer.warmup, recipe.optimizer.final)
             if steps is None:

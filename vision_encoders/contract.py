@@ -68,8 +68,11 @@ class VisionEncoder(nn.Module):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """dtype of the first weight of at least two dimensions: what pixels are cast to (norms may be kept wider by a trainer)."""
-        return next(parameter.dtype for parameter in self.tower.parameters() if parameter.ndim >= 2)
+        """dtype of the first weight of at least two dimensions: what pixels are cast to (norms may be kept wider by a trainer).
+
+        DeepSpeed's ZeRO-3 leaves every weight empty and flat between uses and keeps its shape in `ds_shape`.
+        """
+        return next(parameter.dtype for parameter in self.tower.parameters() if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2)
 
 
 def as_square(features: Tensor, *, prefix_tokens: int, channels: int, channels_last: bool) -> Tensor:

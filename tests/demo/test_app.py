@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from demo.app import check_port, find_examples, main
+from demo.app import find_examples, main, reserve_port
 
 APP = Path(__file__).parents[2] / "demo" / "app.py"
 
@@ -25,16 +25,10 @@ def _one_line(stderr):
 
 def test_a_folder_that_is_no_checkpoint_ends_with_one_line_and_code_2(tmp_path):
     pytest.importorskip("gradio", reason="needs the demo extra")
-    done = _start("--model", tmp_path, "--port", _free_port())
+    done = _start("--model", tmp_path, "--port", 0)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = _one_line(done.stderr)
     assert f"{tmp_path} is no model checkpoint: config.json" in line
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_port_in_use_ends_with_one_line_and_code_2_before_the_model_is_read(tmp_path):
@@ -50,7 +44,12 @@ def test_a_port_in_use_ends_with_one_line_and_code_2_before_the_model_is_read(tm
 
 def test_a_port_that_does_not_exist_is_named():
     with pytest.raises(OSError, match="99999 is no port"):
-        check_port("127.0.0.1", 99999)
+        reserve_port("127.0.0.1", 99999)
+
+
+def test_a_reserved_port_cannot_be_reserved_again():
+    with reserve_port("127.0.0.1", 0) as listener, pytest.raises(OSError, match="is in use"):
+        reserve_port("127.0.0.1", listener.getsockname()[1])
 
 
 def test_missing_gradio_names_the_install_command(monkeypatch, capsys, tmp_path):

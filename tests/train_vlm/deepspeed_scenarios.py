@@ -1,0 +1,142 @@
+"""Many DeepSpeed runs in one process (starting one costs ten seconds): started by test_trainer.py on two ranks, writes what it saw as JSON.
+
+    python -m torch.distributed.run --nproc_per_node 2 deepspeed_scenarios.py SHARDS MODEL OUT
+"""
+
+import copy
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from train_vlm.batching import MicroBatchPositions, pack
+from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups
+from train_vlm.recipe import Data, Parts, Recipe, Run, Source
+from train_vlm.trainer import _full_state_dict, _start_deepspeed, train, train_step
+from vlm.checkpoint import load_model
+
+STEPS, BATCH = 3, 8
+ALL = Parts(vision_encoder=5e-4, projector=1e-3, language_model=1e-3)
+ALIGN = Parts(projector=1e-3)
+
+
+def make_samples(processor) -> list[dict]:
+    """STEPS x BATCH samples. In step 0 the second half has no picture, in step 1 the first half, in step 2 every other one has two."""
+    samples = []
+    for number in range(STEPS * BATCH):
+        step, place = divmod(number, BATCH)
+        pictures = {0: int(place < 4), 1: int(place >= 4), 2: 2 * (place % 2)}[step]
+        generator = np.random.default_rng(number)
+        parts = [
+            {"type": "image", "image": Image.fromarray(generator.integers(0, 256, (64, 64 * (1 + place % 2), 3), dtype=np.uint8))}
+            for _ in range(pictures)
+        ]
+        answer = "red blue green yes no two".split()[number % 6] + " ball" * (number % 5)  # answers of different lengths
+        question = {"role": "user", "content": [*parts, {"type": "text", "text": f"question {number}"}]}
+        prepared = processor.prepare([question, {"role": "assistant", "content": answer}])
+        samples.append(
+            {"source": 0, "id": str(number), "input_ids": prepared.rendered.input_ids, "labels": prepared.rendered.labels, "pixels": prepared.pixels,
+             "tiles_reduced": 0}
+        )  # fmt: skip
+    return samples
+
+
+class Bench:
+    def __init__(self, model_folder: str):
+        self.model, self.processor = load_model(model_folder)
+        self.samples = make_samples(self.processor)
+        self.base = Recipe(stage="sft", model=model_folder, out="", data=Data(sources=(Source("x"),), batch_samples=BATCH), parts=ALL,
+                           run=Run(steps=STEPS, threads_per_rank=1))  # fmt: skip
+        self.deepspeed, self.rank, self.world_size, self.device = _start_deepspeed(self.base)
+
+    def pack(self, samples):
+        return pack(samples, self.processor.renderer.end_of_turn_id, self.processor.image_processor.tile_size)
+
+    def fresh(self, parts):
+        model = copy.deepcopy(self.model)
+        apply_parts(model, parts)
+        model.training = True
+        return model
+
+    def plain_loop(self, parts: Parts) -> tuple[list[float], dict]:
+        """What every run must equal: one process, the whole batch in one row, no DeepSpeed."""
+        model = self.fresh(parts)
+        optimizer = make_optimizer(parameter_groups(model, parts, self.base.optimizer), self.base.optimizer)
+        losses = []
+        for step in range(STEPS):
+            batch = self.pack(self.samples[step * BATCH : (step + 1) * BATCH])
+            output = model(
+                input_ids=batch["input_ids"], labels=batch["labels"], cu_seq_lens_q=batch["cu_seq_lens_q"],
+                pixel_values=self.processor.image_processor.normalize_pixels(batch["pixels"]), num_items_in_batch=batch["supervised_tokens"],
+            )  # fmt: skip
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.base.optimizer.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(output.loss.item())
+        return losses, model.state_dict()
+
+    def run(self, parts: Parts, samples=None, micro_batches: int = 1, expected: dict | None = None, **run) -> dict:
+        """One training on all ranks. Returns losses, and on rank 0 how far the exported weights are from `expected`."""
+        recipe = replace(self.base, parts=parts, data=replace(self.base.data, micro_batches=micro_batches), run=replace(self.base.run, **run))
+        model = self.fresh(parts)
+        if recipe.run.precision == "bfloat16":
+            model.to(torch.bfloat16)
+        model.activation_checkpointing = recipe.run.activation_checkpointing
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        optimizer = make_optimizer(parameter_groups(model, parts, recipe.optimizer), recipe.optimizer)
+        engine, _, _, _ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=recipe.deepspeed_config(self.world_size))
+        places, losses, tokens = iter(MicroBatchPositions(BATCH, micro_batches, self.rank, self.world_size)), [], []
+        for _ in range(STEPS):
+            batches = [self.pack([(samples or self.samples)[place] for place in next(places)]) for _ in range(micro_batches)]
+            loss, counted = train_step(engine, batches, self.processor, self.world_size, self.device)
+            losses.append(loss)
+            tokens.append(counted)
+        weights = _full_state_dict(engine, recipe.run.zero_stage)
+        result = {"losses": losses, "tokens": tokens}
+        if self.rank == 0:
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
+            result["names"] = sorted(weights) == sorted(start)
+            result["moved"] = sorted({name.split(".")[0] for name in start if not torch.equal(weights[name], start[name])})
+            result["moved_share"] = sum(not torch.equal(weights[name], start[name]) for name in start) / len(start)
+            if expected is not None:
+                result["distance"] = max((weights[name].float() - expected[name].float()).abs().max().item() for name in expected)
+        engine.destroy()
+        return result
+
+
+def main(shards: str, model_folder: str, out: str) -> None:
+    warnings.filterwarnings("ignore")
+    bench = Bench(model_folder)
+    plain, weights = bench.plain_loop(ALL)
+    plain_align, weights_align = bench.plain_loop(ALIGN)
+    results = {"plain": plain, "plain_align": plain_align}
+    for stage in range(4):
+        results[f"zero{stage}"] = bench.run(ALL, expected=weights, zero_stage=stage)
+    results["micro2"] = bench.run(ALL, expected=weights, zero_stage=2, micro_batches=2)
+    results["micro4_zero3"] = bench.run(ALL, expected=weights, zero_stage=3, micro_batches=4)
+    results["checkpointing_zero3"] = bench.run(ALL, expected=weights, zero_stage=3, activation_checkpointing=True)
+    results["bfloat16"] = bench.run(ALL, zero_stage=1, precision="bfloat16")
+    for stage in (1, 3):
+        results[f"align_zero{stage}"] = bench.run(ALIGN, expected=weights_align, zero_stage=stage)
+    skipped = {"source": 0, "id": "bad", "skipped": "broken", "detail": "why"}
+    half = [sample if number % BATCH < 4 else skipped for number, sample in enumerate(bench.samples)]
+    results["nothing_on_rank_1"] = bench.run(ALL, samples=half, zero_stage=3)
+    results["nothing_at_all"] = bench.run(ALIGN, samples=[skipped] * len(half), zero_stage=2)
+
+    run = Recipe(stage="sft", model=model_folder, out=f"{out}/model", data=Data(sources=(Source(shards),), batch_samples=4, workers=0), parts=ALL,
+                 run=Run(steps=2, zero_stage=3, log_every=1, threads_per_rank=1))  # fmt: skip
+    train(run)
+    if bench.rank == 0:
+        Path(out, "results.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

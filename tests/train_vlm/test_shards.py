@@ -1,0 +1,151 @@
+"""Shards: what goes in comes out, the index tells the truth, and what is unusable is counted by reason."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train_vlm.reading import ShardedSource
+from train_vlm.shards import convert, main
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def turns(question, answer="red"):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (200, 64), (64, 130)]):
+        noise(*size, number).save(folder / f"{number}.png")
+    noise(50, 50, 9).save(folder / "photo.with.dots.JPG", "JPEG")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:100])
+    return folder
+
+
+GOOD = [
+    {"id": "one", "image": "0.png", "conversations": turns("<image>\nWhat colour?")},
+    {"id": "two", "image": ["1.png", "2.png"], "conversations": turns("<image><image>\nWhich?", "the first")},
+    {"id": "text", "conversations": turns("No picture, but <image> in the text.")},
+    {"id": 4, "image": "photo.with.dots.JPG", "conversations": turns("<image>\nAnd?")},
+    {"id": "five", "image": "2.png", "conversations": turns("<image>\nLast?")},
+]
+BAD = {
+    "image missing": {"id": "m", "image": "nowhere.png", "conversations": turns("<image>")},
+    "image broken": {"id": "b", "image": "broken.png", "conversations": turns("<image>")},
+    "malformed": {"id": "x", "conversations": "hello"},
+    "nothing supervised": {"id": "n", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]},
+}
+
+
+def test_samples_come_back_as_they_went_in(tmp_path, images, tiny_processor):
+    """Over several shards: words, pictures in their order, and every number of the index."""
+    summary = convert(GOOD, images, tiny_processor, tmp_path / "out", samples_per_shard=2)
+    assert (summary["samples"], summary["shards"], summary["skipped"]) == (5, 3, {})
+    source = ShardedSource(tmp_path / "out")
+    assert len(source) == 5
+    names = [source.read(number)[0] for number in range(5)]
+    assert names == ["one", "two", "text", "4", "five"]
+    _, messages = source.read(1)
+    pictures = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+    assert [picture.size for picture in pictures] == [(200, 64), (64, 130)]
+    assert np.array_equal(np.asarray(pictures[0]), np.asarray(Image.open(images / "1.png")))
+    assert messages[1]["content"] == [{"type": "text", "text": "the first"}]
+    for number in range(5):
+        _, messages = source.read(number)
+        prepared = tiny_processor.prepare(messages)
+        entry = source.entries[number][1]
+        assert entry["tiles"] == prepared.num_tiles and entry["tokens"] == len(prepared.rendered.input_ids)
+        assert entry["supervised_tokens"] == sum(label >= 0 for label in prepared.rendered.labels)
+    assert summary["tokens"] == sum(entry["tokens"] for _, entry in source.entries)
+
+
+def test_the_index_points_at_the_bytes_and_hashes_them(tmp_path, images, tiny_processor):
+    """An offset of the header instead of the data would be off by 512 bytes."""
+    convert(GOOD[:2], images, tiny_processor, tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.tar")
+    lines = [json.loads(line) for line in shard.with_suffix(".index.jsonl").read_text().splitlines()]
+    content = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        for line in lines:
+            parts = []
+            for extension, (offset, size) in sorted(line["members"].items(), key=lambda item: item[0] != "json"):
+                data = tar.extractfile(f"{line['key']}.{extension}").read()
+                assert content[offset : offset + size] == data
+                parts.append(data)
+            assert line["sha256"] == hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_shards_are_the_same_every_time(tmp_path, images, tiny_processor):
+    """No time stamp, no user name: two machines write the same bytes."""
+    for name in ("a", "b"):
+        convert(GOOD, images, tiny_processor, tmp_path / name)
+    assert (tmp_path / "a" / "shard-000000.tar").read_bytes() == (tmp_path / "b" / "shard-000000.tar").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
+def test_webdataset_reads_our_shards(tmp_path, images, tiny_processor):
+    """The format is webdataset's: its users open our files."""
+    import webdataset
+
+    convert(GOOD, images, tiny_processor, tmp_path / "out")
+    samples = list(webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False))
+    assert len(samples) == 5 and Image.open(io.BytesIO(samples[1]["0.png"])).size == (200, 64)
+
+
+def test_unusable_samples_are_counted_by_reason(tmp_path, images, tiny_processor):
+    summary = convert([*BAD.values(), *GOOD], images, tiny_processor, tmp_path / "out")
+    assert summary["samples"] == 5 and summary["skipped"] == dict.fromkeys(BAD, 1)
+    assert "sample m" in summary["examples"]["image missing"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped"] == summary["skipped"]
+
+
+def test_no_usable_sample_is_an_error_with_the_reasons(tmp_path, images, tiny_processor):
+    with pytest.raises(ValueError, match="none of 4 samples is usable: .*nowhere.png"):
+        convert(list(BAD.values()), images, tiny_processor, tmp_path / "out")
+
+
+def test_older_shards_do_not_stay(tmp_path, images, tiny_processor):
+    """Three shards yesterday, one today: two old ones would be trained on in silence."""
+    convert(GOOD, images, tiny_processor, tmp_path / "out", samples_per_shard=1)
+    convert(GOOD[:1], images, tiny_processor, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("shard*")) == ["shard-000000.index.jsonl", "shard-000000.tar"]
+
+
+def run(tmp_path, images, model, samples, *more):
+    file = tmp_path / "llava.json"
+    file.write_text(samples if isinstance(samples, str) else json.dumps(samples))
+    return main(["convert", "--llava", str(file), "--images", str(images), "--model", str(model), "--out", str(tmp_path / "out"), *more])
+
+
+def test_the_command_writes_shards(tmp_path, images, tiny_folder, capsys):
+    assert run(tmp_path, images, tiny_folder, GOOD) == 0
+    assert "5 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [("{", "is no valid JSON"), ("[]", "holds no samples"), ([BAD["malformed"]], "none of 1 samples is usable"),
+     ([BAD["image missing"], *GOOD], "16.7 % of the samples are unusable")],
+)  # fmt: skip
+def test_the_command_fails_with_one_clear_line(tmp_path, images, tiny_folder, capsys, samples, message):
+    assert run(tmp_path, images, tiny_folder, samples) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_names_a_missing_model(tmp_path, images, capsys):
+    assert run(tmp_path, images, tmp_path / "nowhere", GOOD) == 2
+    assert "no model folder at" in capsys.readouterr().err
+
+
+def test_more_unusable_samples_can_be_accepted(tmp_path, images, tiny_folder):
+    assert run(tmp_path, images, tiny_folder, [BAD["image missing"], *GOOD], "--max-skipped-percent", "20") == 0
