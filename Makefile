@@ -2,6 +2,7 @@
 PYTHON ?= python3
 MINUTES ?= 15
 MODEL ?= runs/quickstart/model
+EXAMPLES ?= runs/quickstart/scenes/heldout/vizwiz/val
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -22,7 +23,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
 demo: $(STAMP)
-	$(BIN)/python demo/app.py --model $(MODEL)
+	$(BIN)/python demo/app.py --model $(MODEL) $(if $(wildcard $(EXAMPLES)),--examples $(EXAMPLES))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

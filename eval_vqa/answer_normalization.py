@@ -9,7 +9,7 @@ import re
 
 __all__ = ["clean", "digits_and_articles", "normalize", "strip_punctuation"]
 
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"  # 21 marks; apostrophe, colon and period are not among them
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # 21 marks; apostrophe, colon and period are not among them
 DIGIT_COMMA_DIGIT = re.compile("[0-9],[0-9]")
 PERIOD = re.compile(r"\.(?![0-9])")
 MOST_PERIODS = 32  # the official call passes re.UNICODE (32) where `count` belongs

@@ -46,9 +46,7 @@ def _cells(attention: list, map_size: int) -> list[tuple[tuple[float, float, flo
         raise ValueError(f"attention must be a list of lists, found {type(attention).__name__}")
     if len(attention) >= map_size and all(len(row) >= map_size for row in attention[:map_size]):
         edge = 1 / map_size if map_size else 0.0
-        return [
-            ((edge * i, edge * j, edge * (i + 1), edge * (j + 1)), attention[i][j]) for i in range(map_size) for j in range(map_size)
-        ]
+        return [((edge * i, edge * j, edge * (i + 1), edge * (j + 1)), attention[i][j]) for i in range(map_size) for j in range(map_size)]
     if not attention or any(len(row) != 5 for row in attention):
         lengths = sorted({len(row) for row in attention})
         raise ValueError(

@@ -1,6 +1,6 @@
 """Alignment: train the projector between a frozen encoder and a frozen decoder.
 
-    deepspeed train_vlm/align.py --recipe FILE [key=value ...]
+deepspeed train_vlm/align.py --recipe FILE [key=value ...]
 """
 
 import sys

@@ -32,7 +32,9 @@ def pack(samples: list[dict], filler_id: int, tile_size: int) -> dict:
         "pixels": torch.cat(pixels) if pixels else torch.zeros(0, tile_size, tile_size, 3, dtype=torch.uint8),
         "supervised_tokens": count_supervised_tokens(packed_labels, seq_idx),
         "seen": [sample["source"] for sample in samples],
-        "skipped": [(sample["source"], sample["skipped"], f"{sample['id']}: {sample['detail']}") for sample in samples if "skipped" in sample],
+        "skipped": [
+            (sample["source"], sample["skipped"], f"{sample['id']}: {sample['detail']}") for sample in samples if "skipped" in sample
+        ],
         "tiles_reduced": sum(sample["tiles_reduced"] for sample in usable),
     }
 

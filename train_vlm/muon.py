@@ -1,8 +1,8 @@
 """Muon for matrices, AdamW for the rest: a model from scratch then needs a third of the steps.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the nearest matrix with all singular
-values alike, found by a few Newton-Schulz iterations; the step is scaled so that its root mean square is that of an AdamW step (Liu et
-al. 2025, arXiv 2502.16982, section 2.2), and rates carry over.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the nearest matrix with all
+singular values alike, found by a few Newton-Schulz iterations; the step is scaled so that its root mean square is that of an AdamW step
+(Liu et al. 2025, arXiv 2502.16982, section 2.2), and rates carry over.
 
 Ours, because torch's and DeepSpeed's iterate in bfloat16: on a processor without bfloat16 units that took 101 ms for a 128 x 616 matrix,
 float32 takes 8 ms; and both leave convolutions out. It needs whole matrices, so it runs with ZeRO stage 0 only.

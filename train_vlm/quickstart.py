@@ -51,7 +51,17 @@ class Step:
 def _launch(ranks: int, program: str, recipe: str, overrides: dict) -> tuple[str, ...]:
     launcher = Path(sys.executable).with_name("deepspeed")
     pairs = [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in overrides.items()]
-    return (str(launcher), "--num_gpus", str(ranks), "--master_port", "{free_port}", str(ROOT / "train_vlm" / program), "--recipe", str(RECIPES / recipe), *pairs)
+    return (
+        str(launcher),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        "{free_port}",
+        str(ROOT / "train_vlm" / program),
+        "--recipe",
+        str(RECIPES / recipe),
+        *pairs,
+    )
 
 
 def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, seed: int = 0) -> list[Step]:
@@ -70,7 +80,8 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
         ),
         Step(
             "assemble",
-            ((*python, "vlm.assemble", "--preset", "tiny", *ENCODER, "--tokenizer-corpus", str(captions), "--tokenizer-corpus", str(questions),
+            ((*python, "vlm.assemble", "--preset", "tiny", *ENCODER,
+              "--tokenizer-corpus", str(captions), "--tokenizer-corpus", str(questions),
               "--seed", str(seed), "--out", str(models["assembled"])),),
             (models["assembled"] / "config.json",),
             ("scenes",),
@@ -89,7 +100,12 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
         ("align", "align.py", ["captions"]),
         ("sft", "sft.py", ["questions", "captions"]),
     ):
-        overrides = {"model": str(models[before]), "out": str(models[stage]), "run.minutes": round(training * SHARES[stage], 2), "run.seed": seed}
+        overrides = {
+            "model": str(models[before]),
+            "out": str(models[stage]),
+            "run.minutes": round(training * SHARES[stage], 2),
+            "run.seed": seed,
+        }
         overrides |= {f"data.sources.{number}.shards": str(shards / source) for number, source in enumerate(sources)}
         command = _launch(ranks, program, f"quickstart_{stage}.yaml", overrides)
         needs = ("shards", "assemble") if before == "assembled" else ("shards", steps[-1].name)
@@ -97,15 +113,24 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
         before = stage
     for task in TASKS:
         runs = tuple(
-            (sys.executable, str(ROOT / "eval_vqa" / f"{task}.py"), "run", "--model", str(models["sft"]), "--data", str(scenes / "heldout" / task),
+            (sys.executable, str(ROOT / "eval_vqa" / f"{task}.py"), "run", "--model", str(models["sft"]),
+             "--data", str(scenes / "heldout" / task),
              "--out", str(out / "eval" / (task + suffix)), *flags)
             for suffix, flags in (("", ()), ("-grey", ("--grey",)))
         )  # fmt: skip
-        steps.append(Step(f"evaluate: {task}", runs, tuple(out / "eval" / (task + suffix) / "scores.json" for suffix in ("", "-grey")), ("train: sft", "scenes")))
+        steps.append(
+            Step(
+                f"evaluate: {task}",
+                runs,
+                tuple(out / "eval" / (task + suffix) / "scores.json" for suffix in ("", "-grey")),
+                ("train: sft", "scenes"),
+            )
+        )
     majority = scenes / "train" / "vqav2" / "v2_mscoco_train2014_annotations.json"
     steps.append(Step(
         "baselines",
-        tuple((sys.executable, str(ROOT / "eval_vqa" / f"{task}.py"), "baseline", "--train", str(majority), "--data", str(scenes / "heldout" / task),
+        tuple((sys.executable, str(ROOT / "eval_vqa" / f"{task}.py"), "baseline", "--train", str(majority),
+               "--data", str(scenes / "heldout" / task),
                "--out", str(out / "eval" / f"{task}-majority.json")) for task in TASKS),
         tuple(out / "eval" / f"{task}-majority.json" for task in TASKS),
         ("scenes",),
@@ -197,14 +222,21 @@ def run_steps(steps: list[Step], out: Path) -> dict[str, dict]:
                 handle.close()
             if code and failed is None:
                 tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] if handle else []
-                failed = f"{step.name} failed with exit code {code}: {shlex.join(_short(part) for part in command)}" + "".join(f"\n    {line}" for line in tail)
+                failed = f"{step.name} failed with exit code {code}: {shlex.join(_short(part) for part in command)}" + "".join(
+                    f"\n    {line}" for line in tail
+                )
         peak = memory.stop()
         if failed:
             raise RuntimeError(failed)
         missing = [str(path) for path in step.makes if not path.exists()]
         if missing:
             raise RuntimeError(f"{step.name} ended without making {', '.join(missing)}")
-        receipts[step.name] = {"fingerprint": fingerprint, "seconds": round(time.monotonic() - started, 1), "peak_bytes": peak, "reused": False}
+        receipts[step.name] = {
+            "fingerprint": fingerprint,
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_bytes": peak,
+            "reused": False,
+        }
         write_whole(file, json.dumps(receipts[step.name]))
         print(f"    {receipts[step.name]['seconds']:.0f} s, {peak / 2**30:.1f} GB", flush=True)
     return receipts
@@ -223,7 +255,9 @@ def _short(part: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train_vlm.quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m train_vlm.quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=15.0, help="time for everything (default 15)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for all it makes (default runs/quickstart)")
     parser.add_argument("--pictures", type=int, help="training pictures (default: as many as the time needs)")
@@ -247,7 +281,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
     print_scores(options.out)
-    print(f"\n{time.monotonic() - started:.0f} s. Report: {page}\nTalk to it: make demo    (python demo/app.py --model {options.out / 'model'})")
+    print(
+        f"\n{time.monotonic() - started:.0f} s. Report: {page}\n"
+        f"Talk to it: make demo    (python demo/app.py --model {options.out / 'model'})"
+    )
     return 0
 
 

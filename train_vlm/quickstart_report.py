@@ -19,8 +19,8 @@ def _read(path: Path) -> dict:
 
 
 def collect_scores(out: Path) -> dict[str, dict]:
-    """{task: {"accuracy", "grey", "majority", "baseline", "ceiling", "of_ceiling", "kinds": {kind: {"count", "accuracy", "grey", "majority",
-    "baseline"}}}}, all in percent. The baseline is the larger of the grey run and the majority answer per question type."""
+    """{task: {"accuracy", "grey", "majority", "baseline", "ceiling", "of_ceiling", "kinds": {kind: {"count", "accuracy", "grey",
+    "majority", "baseline"}}}}, all in percent. The baseline is the larger of the grey run and the majority answer per question type."""
     result = {}
     for task in TASK_NAMES:
         seen, grey = _read(out / "eval" / task / "scores.json"), _read(out / "eval" / f"{task}-grey" / "scores.json")
@@ -98,14 +98,14 @@ def write_report(out: Path, receipts: dict[str, dict], *, minutes: float) -> Pat
     page.figures([(TASK_NAMES[task], entry["accuracy"], f"baseline {entry['baseline']:.1f}") for task, entry in scores.items()]
                  + [("minutes", total / 60), ("GB of memory", peak / 2**30)])  # fmt: skip
     page.heading("Scores").text(
-        "Held-out scenes, official metrics. Grey: the same questions with every picture grey. Majority: the most frequent training answer of "
-        "the question type. The baseline is the larger of the two. VizWiz's ceiling is what the best constant answer per question gets."
+        "Held-out scenes, official metrics. Grey: the same questions with every picture grey. Majority: the most frequent training answer "
+        "of the question type. The baseline is the larger of the two. VizWiz's ceiling is what the best constant answer per question gets."
     )
     page.table(
         ["set", "questions", "score", "grey", "majority", "ceiling", "% of ceiling", "bar"],
         [
-            [TASK_NAMES[task], entry["questions"], Marked(round(entry["accuracy"], 1), "good" if _reached(task, entry) else "bad"), entry["grey"],
-             entry["majority"], entry["ceiling"], entry["of_ceiling"], BARS[task]]
+            [TASK_NAMES[task], entry["questions"], Marked(round(entry["accuracy"], 1), "good" if _reached(task, entry) else "bad"),
+             entry["grey"], entry["majority"], entry["ceiling"], entry["of_ceiling"], BARS[task]]
             for task, entry in scores.items()
         ],
     )  # fmt: skip
@@ -114,13 +114,18 @@ def write_report(out: Path, receipts: dict[str, dict], *, minutes: float) -> Pat
         rows = []
         for kind, values in entry["kinds"].items():
             fine = values["accuracy"] - values["baseline"] >= MARGIN or values["baseline"] > HIGH_BASELINE
-            rows.append([kind, values["count"], Marked(round(values["accuracy"], 1), "good" if fine else "bad"), values["grey"], values["majority"],
+            rows.append([kind, values["count"], Marked(round(values["accuracy"], 1), "good" if fine else "bad"), values["grey"],
+                         values["majority"],
                          values["accuracy"] - values["baseline"]])  # fmt: skip
         page.table(["kind", "questions", "score", "grey", "majority", "over baseline"], rows)
     page.heading("Pictures").text("Held-out pictures, one question each: the model's answer and the truth.")
     page.pictures(_samples(out), scale=3)
-    page.heading("Training").text("Loss per supervised token: dense captions (everything trains), alignment (the projector), fine-tuning on questions.")
+    page.heading("Training").text(
+        "Loss per supervised token: dense captions (everything trains), alignment (the projector), fine-tuning on questions."
+    )
     page.curves(_curves(out), "step", "loss", smooth=9, log_y=True)
     page.heading("Time and memory")
-    page.table(["step", "seconds", "peak GB"], [[name, receipt["seconds"], receipt["peak_bytes"] / 2**30] for name, receipt in receipts.items()])
+    page.table(
+        ["step", "seconds", "peak GB"], [[name, receipt["seconds"], receipt["peak_bytes"] / 2**30] for name, receipt in receipts.items()]
+    )
     return page.write(out)

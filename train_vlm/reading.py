@@ -22,7 +22,7 @@ OPEN_SHARDS = 64
 
 
 class ShardedSource:
-    """All samples of a folder of shards. Raises FileNotFoundError or ValueError when the folder, a shard or an index is missing or empty."""
+    """All samples of a folder of shards. Raises FileNotFoundError / ValueError when folder, shard or index is missing or empty."""
 
     def __init__(self, folder: str | Path, at_most_tiles: int | None = None):
         self.folder = Path(folder)

@@ -77,7 +77,7 @@ class Parts:
 @dataclass(frozen=True)
 class Optimizer:
     """kind: adamw, or muon (matrices by Muon, the rest by AdamW; needs ZeRO stage 0 and float32; `muon_rate` is the peak rate of a matrix
-    relative to its part's). The calendar: warmup: share of all steps with a rising rate; final: last rate as a share of the peak (cosine between);
+    relative to its part's). The calendar: warmup: share of all steps with a rising rate; final: last rate as a share of the peak (cosine);
     weight_decay: matrices only; clip: largest gradient norm."""
 
     kind: str = "adamw"
@@ -96,7 +96,8 @@ class Optimizer:
             raise RecipeError(f"optimizer.warmup is {self.warmup} and optimizer.final {self.final}; expected shares between 0 and 1")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0 and self.clip > 0):
             raise RecipeError(
-                f"optimizer has beta1 {self.beta1}, beta2 {self.beta2}, weight_decay {self.weight_decay}, clip {self.clip}; expected betas in "
+                f"optimizer has beta1 {self.beta1}, beta2 {self.beta2}, weight_decay {self.weight_decay}, clip {self.clip}; expected "
+                "betas in "
                 "[0, 1), weight_decay of 0 or more, clip above 0"
             )
 
@@ -156,7 +157,8 @@ class Recipe:
         share = world_size * self.data.micro_batches
         if self.data.batch_samples % share:
             raise RecipeError(
-                f"data.batch_samples is {self.data.batch_samples}; expected a multiple of ranks x micro_batches = {world_size} x {self.data.micro_batches}"
+                f"data.batch_samples is {self.data.batch_samples}; expected a multiple of ranks x micro_batches "
+                f"= {world_size} x {self.data.micro_batches}"
             )
         config = {
             # A micro-batch is one packed row; how many samples it holds is ours to know.

@@ -33,7 +33,7 @@ class Ledger:
         return 100.0 * self.skipped.total() / max(self.seen.total(), 1)
 
     def check(self, most_percent: float, *, least_seen: int = 200) -> None:
-        """Raises ValueError with the reasons when too many samples are unusable (once `least_seen` were read; at once when all of 8 are)."""
+        """Raises ValueError with the reasons when too many samples are unusable (after `least_seen`, or when all of 8 are)."""
         enough = 8 if self.skipped.total() == self.seen.total() else least_seen
         if self.seen.total() >= enough and self.skipped_percent() > most_percent:
             raise ValueError(

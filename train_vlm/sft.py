@@ -1,6 +1,6 @@
 """Supervised fine-tuning: train any parts on conversations (also a from-scratch model's first stage, on dense captions).
 
-    deepspeed train_vlm/sft.py --recipe FILE [key=value ...]
+deepspeed train_vlm/sft.py --recipe FILE [key=value ...]
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python -m train_vlm.shards convert --llava FILE --images DIR --model DIR --out DIR [--samples-per-shard N]
 
-A shard holds, per sample, `KEY.json` (messages) and `KEY.0.jpg`, `KEY.1.png`, ... (image bytes as they came). The index has a line a sample:
+A shard holds, per sample, `KEY.json` (messages) and `KEY.0.jpg`, `KEY.1.png`, ... (image bytes as they came). The index has a line each:
 key, place of each member (offset and size in bytes), tiles, tokens and a hash. webdataset writes the tar; reading is ours (reading.py),
 because an exact resume needs positions, not streams.
 """
@@ -79,7 +79,13 @@ def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Pat
             if not supervised:
                 raise ValueError("nothing supervised: no assistant turn")
         except (ValueError, FileNotFoundError) as error:
-            reason = "image missing" if isinstance(error, FileNotFoundError) else "image broken" if "readable image" in str(error) else "malformed"
+            reason = (
+                "image missing"
+                if isinstance(error, FileNotFoundError)
+                else "image broken"
+                if "readable image" in str(error)
+                else "malformed"
+            )
             reason = "nothing supervised" if str(error).startswith("nothing supervised") else reason
             skipped[reason] += 1
             examples.setdefault(reason, f"sample {sample.get('id', number) if isinstance(sample, dict) else number}: {error}")
@@ -135,7 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"at {options.out} ({summary['seconds']} s)"
         )
         if share > options.max_skipped_percent:
-            raise ValueError(f"{share:.1f} % of the samples are unusable; at most {options.max_skipped_percent} % are accepted (--max-skipped-percent)")
+            raise ValueError(
+                f"{share:.1f} % of the samples are unusable; at most {options.max_skipped_percent} % are accepted (--max-skipped-percent)"
+            )
         return 0
     except (ValueError, FileNotFoundError, OSError) as error:
         print(f"shards: {error}", file=sys.stderr)

@@ -129,8 +129,8 @@ def train(recipe: Recipe) -> Path:
             if source.left_out:
                 print(f"{source.folder}: {source.left_out:,} samples of more tiles than at_most_tiles are not read")
         print(
-            f"{sum(map(len, stream.sources)):,} samples in {len(stream.sources)} sources; {recipe.data.batch_samples} a step on {world_size} rank(s), "
-            f"ZeRO {recipe.run.zero_stage}, {recipe.run.precision}, {torch.get_num_threads()} thread(s) a rank",
+            f"{sum(map(len, stream.sources)):,} samples in {len(stream.sources)} sources; {recipe.data.batch_samples} a step on "
+            f"{world_size} rank(s), ZeRO {recipe.run.zero_stage}, {recipe.run.precision}, {torch.get_num_threads()} thread(s) a rank",
             flush=True,
         )
     groups = parameter_groups(model, recipe.parts, recipe.optimizer)
@@ -191,10 +191,14 @@ def train(recipe: Recipe) -> Path:
     finally:
         elapsed = time.monotonic() - started
         log.close({
-            "steps": step, "seconds": round(elapsed, 1), "loss": smooth, "waiting_for_data_percent": round(100 * waiting / max(elapsed, 1e-9), 1),
+            "steps": step, "seconds": round(elapsed, 1), "loss": smooth,
+            "waiting_for_data_percent": round(100 * waiting / max(elapsed, 1e-9), 1),
             "median_step_seconds": statistics.median(times) if times else None, "ledger": ledger.to_dict(),
         })  # fmt: skip
         engine.destroy()
     if rank == 0:
-        print(f"{step} steps in {elapsed:.0f} s, loss {smooth:.3f}, {100 * waiting / elapsed:.0f} % of the time waiting for data; model at {out}", flush=True)
+        print(
+            f"{step} steps in {elapsed:.0f} s, loss {smooth:.3f}, {100 * waiting / elapsed:.0f} % waiting for data; model at {out}",
+            flush=True,
+        )
     return out

@@ -28,7 +28,9 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device=N
     if (folder / "processor_config.json").is_file() and "preprocessor_config.json" in missing:
         missing.remove("preprocessor_config.json")
     if missing:
-        raise ValueError(f"{folder} is no model checkpoint: {', '.join(missing)} missing; expected a folder made by python -m vlm.assemble or a run")
+        raise ValueError(
+            f"{folder} is no model checkpoint: {', '.join(missing)} missing; expected a folder made by python -m vlm.assemble or a run"
+        )
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         if kind != VLMConfig.model_type:
@@ -40,7 +42,9 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device=N
         raise ValueError(f"{folder} cannot be loaded: {reason}; the checkpoint is damaged or of another kind") from error
     wrong = {name: sorted(map(str, report[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(name)}
     if wrong:
-        lines = "; ".join(f"{name.replace('_', ' ')}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" for name, keys in wrong.items())
+        lines = "; ".join(
+            f"{name.replace('_', ' ')}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" for name, keys in wrong.items()
+        )
         raise ValueError(f"{folder} does not fit its configuration: {lines}")
     if device is not None:
         model = model.to(device)

@@ -168,8 +168,16 @@ class Engine:
         for finished in self._decode(rows, self._prefill(rows)):
             for row in finished:
                 rendered = row.prepared.rendered
-                yield row.index, Answer(
-                    row.text, row.stop_reason, len(rendered.input_ids), rendered.visual_tokens, len(row.said), time.monotonic() - started
+                yield (
+                    row.index,
+                    Answer(
+                        row.text,
+                        row.stop_reason,
+                        len(rendered.input_ids),
+                        rendered.visual_tokens,
+                        len(row.said),
+                        time.monotonic() - started,
+                    ),
                 )
 
     @torch.inference_mode()
@@ -255,7 +263,7 @@ class Engine:
         return False
 
     def _choose(self, logits: torch.Tensor, rows: list[_Row]) -> list[int]:
-        """Greedy, or drawn with the row's own generator, so that batch mates do not matter. A placeholder, which needs a tile, is never said."""
+        """Greedy, or drawn with the row's own generator, so that batch mates do not matter. A placeholder is never said."""
         logits[:, self.model.config.image_token_id] = float("-inf")
         tokens = logits.argmax(-1).tolist()
         for place, row in enumerate(rows):

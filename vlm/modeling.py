@@ -54,11 +54,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         encoder_settings = config.vision_config.encoder
         if vision_encoder is None:
             if not encoder_settings:
-                raise ValueError("config.vision_config.encoder is empty; expected {'name': ..., settings}; make a model by python -m vlm.assemble")
+                raise ValueError(
+                    "config.vision_config.encoder is empty; expected {'name': ..., settings}; make a model by python -m vlm.assemble"
+                )
             vision_encoder = build_vision_encoder(**encoder_settings)
         if vision_encoder.hidden_size != config.vision_config.hidden_size:
             raise ValueError(
-                f"the vision encoder is {vision_encoder.hidden_size} wide; config.vision_config.hidden_size says {config.vision_config.hidden_size}"
+                f"the vision encoder is {vision_encoder.hidden_size} wide; the configuration says {config.vision_config.hidden_size}"
             )
         self.vision_encoder = vision_encoder
         self.projector = Projector(
@@ -80,6 +82,23 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
     def init_weights(self):
         pass
+
+    @classmethod
+    def from_pretrained(cls, *arguments, **settings):
+        """As transformers' own, and the encoder's computed tables (rotary embeddings of some timm towers) are made again.
+
+        They are in no checkpoint; transformers leaves uninitialised memory in their place.
+        """
+        result = super().from_pretrained(*arguments, **settings)
+        model = result[0] if isinstance(result, tuple) else result
+        saved = model.vision_encoder.state_dict().keys()
+        tables = {name: buffer for name, buffer in model.vision_encoder.named_buffers() if name not in saved}
+        if tables:
+            with torch.random.fork_rng():
+                fresh = dict(build_vision_encoder(**model.config.vision_config.encoder).named_buffers())
+            for name, buffer in tables.items():
+                buffer.copy_(fresh[name])
+        return result
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -227,4 +246,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each part."""
-        return {name: sum(p.numel() for p in getattr(self, name).parameters()) for name in ("vision_encoder", "projector", "language_model")}
+        return {
+            name: sum(p.numel() for p in getattr(self, name).parameters()) for name in ("vision_encoder", "projector", "language_model")
+        }

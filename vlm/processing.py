@@ -117,10 +117,14 @@ class VLMProcessor(ProcessorMixin):
             rendered = self.renderer.render(messages, counts, add_generation_prompt=add_generation_prompt)
         tiles = [tile for image, tiles in zip(images, limits, strict=True) for tile in self.image_processor.tile(image, tiles)]
         size = self.image_processor.tile_size
-        pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])) if tiles else torch.zeros(0, size, size, 3, dtype=torch.uint8)
+        pixels = (
+            torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])) if tiles else torch.zeros(0, size, size, 3, dtype=torch.uint8)
+        )
         return Prepared(rendered, pixels, counts, receipts)
 
-    def apply_chat_template(self, conversation, *, add_generation_prompt=False, tokenize=False, return_dict=False, return_tensors=None, **kwargs):
+    def apply_chat_template(
+        self, conversation, *, add_generation_prompt=False, tokenize=False, return_dict=False, return_tensors=None, **kwargs
+    ):
         """transformers' call, for one conversation or a batch. Tokenised, user text stays plain text (the renderer makes the ids)."""
         if not tokenize:
             return super().apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs)

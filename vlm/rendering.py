@@ -48,14 +48,19 @@ class ChatFormat:
 
     def chat_template(self) -> str:
         """The same format as a Jinja template, for tools that render text themselves."""
-        default = "" if self.system is None else (
-            "{% if messages[0]['role'] != 'system' %}" + f"{self.turn_open}system\n{self.system}{self.turn_close}\n" + "{% endif %}"
+        default = (
+            ""
+            if self.system is None
+            else ("{% if messages[0]['role'] != 'system' %}" + f"{self.turn_open}system\n{self.system}{self.turn_close}\n" + "{% endif %}")
         )
         return (
             self.bos + default + "{% for message in messages %}" + self.turn_open + "{{ message['role'] + '\n' }}"
             "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-            "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}" + PLACEHOLDER + "{{ '\n' }}{% endif %}{% endfor %}{% endif %}"
-            + self.turn_close + "{{ '\n' }}{% endfor %}"
+            "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
+            + PLACEHOLDER
+            + "{{ '\n' }}{% endif %}{% endfor %}{% endif %}"
+            + self.turn_close
+            + "{{ '\n' }}{% endfor %}"
             "{% if add_generation_prompt %}" + self.turn_open + "{{ 'assistant\n' }}{% endif %}"
         )
 
@@ -102,7 +107,9 @@ def normalize_messages(messages: list[dict]) -> list[dict]:
                 url = part.get("image_url")
                 clean.append({"type": "image", "image": url.get("url") if isinstance(url, dict) else url})
             else:
-                raise ValueError(f"message {number} ({message['role']}) has the part {str(part)[:80]!r}; expected text, or an image in a user turn")
+                raise ValueError(
+                    f"message {number} ({message['role']}) has the part {str(part)[:80]!r}; expected text, or an image in a user turn"
+                )
         result.append({"role": message["role"], "content": clean})
     return result
 
@@ -133,7 +140,10 @@ class Renderer:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in [*image_tokens(), *marks] if token not in vocabulary]
         if missing:
-            raise ValueError(f"the tokenizer lacks {len(missing)} needed tokens ({', '.join(missing[:6])} ...); assemble the model with python -m vlm.assemble")
+            raise ValueError(
+                f"the tokenizer lacks {len(missing)} needed tokens ({', '.join(missing[:6])} ...); "
+                "assemble the model by python -m vlm.assemble"
+            )
         self._ids = {token: vocabulary[token] for token in [*image_tokens(), *marks]}
         self._reserved = {index: token for token, index in tokenizer.get_added_vocab().items()} | {i: t for t, i in self._ids.items()}
         self._encode_cached = lru_cache(maxsize=65536)(self._encode)
@@ -179,7 +189,9 @@ class Renderer:
         pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text)
         found = pieces.count(PLACEHOLDER)
         if found != len(tiles_per_image):
-            raise ValueError(f"found {found} times {PLACEHOLDER} in the text for {len(tiles_per_image)} images; expected one for each image")
+            raise ValueError(
+                f"found {found} times {PLACEHOLDER} in the text for {len(tiles_per_image)} images; expected one for each image"
+            )
         counts, ids = iter(tiles_per_image), []
         for before, piece in zip(["", *pieces], pieces, strict=False):
             if piece == PLACEHOLDER:

@@ -1,7 +1,7 @@
 """Train a byte-level BPE tokenizer on a few texts, without a download, for the small preset.
 
 Any text can be encoded (bytes are the alphabet). A word is the same token at the start of a text and inside it (a space is put in front
-and taken off again by the decoder): with a few thousand training pictures, "red" as an answer and " red" in a caption must not be two words.
+and taken off again by the decoder): with few training pictures, "red" as an answer and " red" in a caption must not be two words.
 Real models bring their own tokenizer; nothing here touches those.
 """
 

@@ -88,7 +88,7 @@ def test_pieces_equal_the_whole(pair, pieces):
     _, ours = pair
     hidden, state = torch.randn(2, 20, 48), DecoderState()
     parts = [ours(part, layout=Layout.rows([part.shape[1]] * 2, part.shape[1]), state=state) for part in hidden.split(pieces, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), ours(hidden), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1), ours(hidden), rtol=1e-4, atol=5e-5)
 
 
 def test_a_pack_equals_its_samples_in_the_stock_mixer(pair):

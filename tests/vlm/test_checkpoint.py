@@ -109,6 +109,16 @@ def test_a_second_saving_is_the_same(folder, tmp_path):
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+def test_computed_tables_of_a_tower_come_back(tmp_path):
+    """Rotary tables are buffers that no checkpoint holds: left as transformers leaves them, features are NaN after loading."""
+    pytest.importorskip("timm")
+    model, processor = assemble("tiny", vision_encoder="timm:eva02_tiny_patch14_224", vision_settings={"image_size": 56, "depth": 1})
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    loaded, _ = load_model(save_model(model, processor, tmp_path / "model"))
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_tiles(pixels), model.encode_tiles(pixels))
+
+
 def test_shards_are_read_too(changed, tmp_path):
     folder = save_model(*changed, tmp_path / "sharded", max_shard_size="2MB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2

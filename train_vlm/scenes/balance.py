@@ -15,8 +15,19 @@ __all__ = ["GQA_SHARES", "SHARES", "VIZWIZ_SHARES", "Balance"]
 
 # Wanted share of each kind. Number and word can be asked once, of half the pictures: they end near 6 %.
 SHARES = {
-    "presence": 8.0, "color": 9.5, "shape": 9.5, "size": 7.5, "count": 9.0, "place": 8.0, "comparison": 7.5, "number": 8.0, "word": 8.0,
-    "logic": 7.5, "region": 7.5, "unanswerable": 6.5, "unprinted": 6.0,
+    "presence": 8.0,
+    "color": 9.5,
+    "shape": 9.5,
+    "size": 7.5,
+    "count": 9.0,
+    "place": 8.0,
+    "comparison": 7.5,
+    "number": 8.0,
+    "word": 8.0,
+    "logic": 7.5,
+    "region": 7.5,
+    "unanswerable": 6.5,
+    "unprinted": 6.0,
 }
 VIZWIZ_SHARES = {kind: share * 0.81 for kind, share in SHARES.items()}
 VIZWIZ_SHARES |= {"number": 7.7, "word": 7.7, "unanswerable": 14.0, "unprinted": 13.2}  # 27 % have no answer

@@ -139,8 +139,7 @@ def _place(view: SceneView) -> list[Candidate]:
     def things(key):
         return view.print_of[key] if isinstance(key, str) else view.objects[key]
 
-    for pattern, named in (("shape", view.unique("shape")), ("color", view.unique("color")),
-                           ("print", view.unique("shape") + prints)):
+    for pattern, named in (("shape", view.unique("shape")), ("color", view.unique("color")), ("print", view.unique("shape") + prints)):
         for (key_a, a), (key_b, b) in permutations(named, 2):
             if pattern == "print" and isinstance(key_a, int) and isinstance(key_b, int):
                 continue
@@ -265,7 +264,17 @@ def _unprinted(view: SceneView) -> list[Candidate]:
 
 
 CANDIDATES = {
-    "presence": _presence, "color": _color, "shape": _shape, "size": _size, "count": _count, "place": _place,
-    "comparison": _comparison, "number": _number, "word": _word, "logic": _logic, "region": _region,
-    "unanswerable": _unanswerable, "unprinted": _unprinted,
+    "presence": _presence,
+    "color": _color,
+    "shape": _shape,
+    "size": _size,
+    "count": _count,
+    "place": _place,
+    "comparison": _comparison,
+    "number": _number,
+    "word": _word,
+    "logic": _logic,
+    "region": _region,
+    "unanswerable": _unanswerable,
+    "unprinted": _unprinted,
 }

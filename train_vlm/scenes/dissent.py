@@ -15,16 +15,37 @@ from train_vlm.scenes.scene import COLORS, NUMBERS, SHAPES, WORDS
 __all__ = ["best_constant", "people_vqav2", "people_vizwiz"]
 
 SYNONYMS = {
-    "small": ("little", "tiny", "small one"), "large": ("big", "huge", "large one"), "left": ("left side", "to left"),
-    "right": ("right side", "to right"), "above": ("over", "on top"), "below": ("under", "beneath"), "circle": ("disc", "round"),
-    "square": ("box", "rectangle"), "cross": ("plus",), "purple": ("violet",), "pink": ("rose",), "yellow": ("gold",),
-    "yes": ("yes there is", "yep"), "no": ("nope", "not there"),
+    "small": ("little", "tiny", "small one"),
+    "large": ("big", "huge", "large one"),
+    "left": ("left side", "to left"),
+    "right": ("right side", "to right"),
+    "above": ("over", "on top"),
+    "below": ("under", "beneath"),
+    "circle": ("disc", "round"),
+    "square": ("box", "rectangle"),
+    "cross": ("plus",),
+    "purple": ("violet",),
+    "pink": ("rose",),
+    "yellow": ("gold",),
+    "yes": ("yes there is", "yep"),
+    "no": ("nope", "not there"),
 }
 OPPOSITES = {"yes": "no", "small": "large", "left": "right", "above": "below"}
 OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
 NO_IDEA = ("not sure", "unknown", "nothing", "0", "no idea")
-LIKE = {"color": COLORS, "region_color": COLORS, "shape": SHAPES, "region_shape": SHAPES, "larger": SHAPES, "smaller": SHAPES,
-        "number": NUMBERS, "word": WORDS, "size": ("small", "large"), "left_right": ("left", "right"), "above_below": ("above", "below")}
+LIKE = {
+    "color": COLORS,
+    "region_color": COLORS,
+    "shape": SHAPES,
+    "region_shape": SHAPES,
+    "larger": SHAPES,
+    "smaller": SHAPES,
+    "number": NUMBERS,
+    "word": WORDS,
+    "size": ("small", "large"),
+    "left_right": ("left", "right"),
+    "above_below": ("above", "below"),
+}
 
 
 def people_vqav2(question: Question, rng: random.Random) -> list[str]:

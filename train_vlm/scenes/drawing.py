@@ -11,15 +11,23 @@ from train_vlm.scenes.scene import Scene
 __all__ = ["RGB", "draw", "encode"]
 
 RGB = {
-    "red": (222, 24, 30), "green": (24, 150, 60), "blue": (28, 86, 226), "yellow": (246, 205, 0),
-    "purple": (126, 40, 172), "orange": (250, 128, 4), "black": (16, 16, 16), "pink": (255, 128, 190),
+    "red": (222, 24, 30),
+    "green": (24, 150, 60),
+    "blue": (28, 86, 226),
+    "yellow": (246, 205, 0),
+    "purple": (126, 40, 172),
+    "orange": (250, 128, 4),
+    "black": (16, 16, 16),
+    "pink": (255, 128, 190),
 }
 INK_RGB = (52, 56, 66)
 
 
 def _star() -> list[tuple[float, float]]:
-    points = [(math.sin(k * math.pi / 5) * (1.0 if k % 2 == 0 else 0.42), -math.cos(k * math.pi / 5) * (1.0 if k % 2 == 0 else 0.42))
-              for k in range(10)]
+    points = [
+        (math.sin(k * math.pi / 5) * (1.0 if k % 2 == 0 else 0.42), -math.cos(k * math.pi / 5) * (1.0 if k % 2 == 0 else 0.42))
+        for k in range(10)
+    ]
     return [(x * 1.05, (y + 0.1) * 1.1) for x, y in points]  # stretched to fill the square of its diameter
 
 
@@ -39,8 +47,20 @@ OUTLINES = {
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
     "star": _star(),
-    "cross": [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM), (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM),
-              (-1, -ARM), (-ARM, -ARM)],
+    "cross": [
+        (-ARM, -1),
+        (ARM, -1),
+        (ARM, -ARM),
+        (1, -ARM),
+        (1, ARM),
+        (ARM, ARM),
+        (ARM, 1),
+        (-ARM, 1),
+        (-ARM, ARM),
+        (-1, ARM),
+        (-1, -ARM),
+        (-ARM, -ARM),
+    ],
     "heart": _heart(),
 }
 

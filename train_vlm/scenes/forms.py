@@ -8,8 +8,21 @@ from typing import NamedTuple
 
 __all__ = ["KINDS", "UNANSWERABLE", "WORDINGS", "Ref", "article", "plural", "say"]
 
-KINDS = ("presence", "color", "shape", "size", "count", "place", "comparison", "number", "word", "logic", "region",
-         "unanswerable", "unprinted")  # unanswerable: no such object; unprinted: no such number or word
+KINDS = (
+    "presence",
+    "color",
+    "shape",
+    "size",
+    "count",
+    "place",
+    "comparison",
+    "number",
+    "word",
+    "logic",
+    "region",
+    "unanswerable",
+    "unprinted",
+)  # unanswerable: no such object; unprinted: no such number or word
 UNANSWERABLE = "unanswerable"
 
 

@@ -85,7 +85,13 @@ def scene_graph(scene: Scene, number: int) -> dict:
                 is_after = thing.x > other.x if horizontal else thing.y > other.y
                 relations.append({"name": name_of[is_after], "object": f"{number}{other_index:02d}"})
         objects[f"{number}{index:02d}"] = {
-            "name": name, "x": x, "y": y, "w": round(left + width) - x, "h": round(top + height) - y, "attributes": attributes,
-            "relations": relations, "place": PLACES[place_of(scene, thing)],
+            "name": name,
+            "x": x,
+            "y": y,
+            "w": round(left + width) - x,
+            "h": round(top + height) - y,
+            "attributes": attributes,
+            "relations": relations,
+            "place": PLACES[place_of(scene, thing)],
         }
     return {"width": scene.width, "height": scene.height, "objects": objects}

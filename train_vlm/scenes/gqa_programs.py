@@ -31,8 +31,15 @@ TYPES = {
     "region_color": ("query", "rel", "colorAt", "color"),
 }
 CHOICES = {
-    "color": COLORS, "region_color": COLORS, "shape": SHAPES, "region_shape": SHAPES, "size": SIZES, "left_right": ("left", "right"),
-    "above_below": ("above", "below"), "number": NUMBERS, "word": WORDS,
+    "color": COLORS,
+    "region_color": COLORS,
+    "shape": SHAPES,
+    "region_shape": SHAPES,
+    "size": SIZES,
+    "left_right": ("left", "right"),
+    "above_below": ("above", "below"),
+    "number": NUMBERS,
+    "word": WORDS,
 }
 
 
@@ -46,7 +53,10 @@ def describe(question: Question, scene: Scene, number: int) -> tuple[dict, dict]
     full = _full_answer(question)
     about = "_".join(str(part).replace(" ", "_") for part in (question.a, question.b, question.c, question.p) if part is not None)
     row = {
-        "question": question.text, "imageId": str(number), "answer": question.answer, "fullAnswer": full,
+        "question": question.text,
+        "imageId": str(number),
+        "answer": question.answer,
+        "fullAnswer": full,
         "groups": {"global": group, "local": f"{question.form}-{about}"},
         "types": {"structural": structural, "semantic": semantic, "detailed": detailed},
         "semantic": steps,
@@ -134,8 +144,12 @@ def _full_answer(question: Question) -> str:
     form, answer, a, b = question.form, question.answer, question.a, question.b
     yes = answer == "yes"
     if form in ("exist", "and", "or", "but_no"):
-        what = {"exist": lambda: article(a), "and": lambda: f"{article(a)} and {article(b)}", "or": lambda: f"{article(a)} or {article(b)}",
-                "but_no": lambda: f"{article(a)} but no {b}"}[form]()
+        what = {
+            "exist": lambda: article(a),
+            "and": lambda: f"{article(a)} and {article(b)}",
+            "or": lambda: f"{article(a)} or {article(b)}",
+            "but_no": lambda: f"{article(a)} but no {b}",
+        }[form]()
         return f"Yes, there is {what}." if yes else f"No, it is not so that there is {what}."
     if form == "is_color":
         return f"Yes, the {a} is {question.c}." if yes else f"No, the {a} is not {question.c}."

@@ -83,8 +83,7 @@ def _find_room(rng, width, height, grid, element, boxes, tries: int = 50) -> tup
         x = round(rng.uniform(half_width, width - half_width), 2)
         y = round(rng.uniform(half_height, height - half_height), 2)
         if any(
-            abs(x - bx) < (element.width + bw) / 2 + GAP_PX and abs(y - by) < (element.height + bh) / 2 + GAP_PX
-            for bx, by, bw, bh in boxes
+            abs(x - bx) < (element.width + bw) / 2 + GAP_PX and abs(y - by) < (element.height + bh) / 2 + GAP_PX for bx, by, bw, bh in boxes
         ):
             continue
         if attempt < tries // 2:  # wishes, as long as there is patience: a clear place word, printed text within one tile

@@ -17,8 +17,32 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "pink")
 SIZES = ("small", "large")
 NUMBERS = tuple(str(number) for number in range(1, 21))
-WORDS = ("arm", "bus", "cat", "dog", "egg", "fish", "gym", "hat", "ice", "jam", "key", "lamp",
-         "moon", "nest", "owl", "pie", "quiz", "road", "sun", "taxi", "van", "wolf", "yak", "zoo")
+WORDS = (
+    "arm",
+    "bus",
+    "cat",
+    "dog",
+    "egg",
+    "fish",
+    "gym",
+    "hat",
+    "ice",
+    "jam",
+    "key",
+    "lamp",
+    "moon",
+    "nest",
+    "owl",
+    "pie",
+    "quiz",
+    "road",
+    "sun",
+    "taxi",
+    "van",
+    "wolf",
+    "yak",
+    "zoo",
+)
 
 DIAMETER_PX = {"small": (12.5, 14.5), "large": (21.0, 24.0)}
 NUMBER_FONT_PX = (21, 22, 23, 24)  # digit height 14.7 to 16.8 px
@@ -101,7 +125,7 @@ def make_scene(seed: int) -> Scene:
     made = {}
     for (name, text, font_px), element, (x, y) in zip(prints, elements, centres, strict=False):
         made[name] = Print(text, font_px, x, y, element.width, element.height)
-    placed = zip(looks, centres[len(prints):], strict=True)
+    placed = zip(looks, centres[len(prints) :], strict=True)
     objects = [SceneObject(shape, color, size, *centre, diameter) for (shape, color, size, diameter), centre in placed if centre]
     return Scene(width, height, background, tuple(objects), made.get("number"), made.get("word"), seed, (columns, rows))
 

@@ -99,8 +99,10 @@ def table(summary: dict) -> str:
     lines = [f"{heads}{'scenes/s/core':>15}"]
     for name, row in sets.items():
         tiles = "".join(f"{share:>{width}.1f}" for share, width in zip(row["tiles_percent"].values(), (8, 7, 7), strict=True))
-        lines.append(f"{name:<16}{row['pictures']:>9}{row['questions']:>10}{tiles}{row['blind_percent']['majority per text']:>7.1f}"
-                     f"{row['unanswerable_percent']:>11.1f}{row['scenes_per_processor_second']:>15.1f}")
+        lines.append(
+            f"{name:<16}{row['pictures']:>9}{row['questions']:>10}{tiles}{row['blind_percent']['majority per text']:>7.1f}"
+            f"{row['unanswerable_percent']:>11.1f}{row['scenes_per_processor_second']:>15.1f}"
+        )
     lines += ["", f"{'kind, % of questions':<22}" + "".join(f"{name.removeprefix('heldout/'):>9}" for name in sets)]
     for kind in KINDS:
         lines.append(f"{kind:<22}" + "".join(f"{row['kinds_percent'].get(kind, 0.0):>9.1f}" for row in sets.values()))

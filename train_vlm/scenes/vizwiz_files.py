@@ -18,14 +18,16 @@ def vizwiz_files(pictures: list[Picture]) -> dict[str, str]:
         question = picture.questions[0]
         image = picture.path.rsplit("/", 1)[-1]
         kinds[image] = question.kind
-        rows.append({
-            "image": image,
-            "question": question.text,
-            "answers": [
-                {"answer": answer, "answer_confidence": rng.choices(("yes", "maybe", "no"), (75, 19, 6))[0]}
-                for answer in people_vizwiz(question, rng)
-            ],
-            "answer_type": question.answer_type if question.is_answerable else UNANSWERABLE,
-            "answerable": int(question.is_answerable),
-        })
+        rows.append(
+            {
+                "image": image,
+                "question": question.text,
+                "answers": [
+                    {"answer": answer, "answer_confidence": rng.choices(("yes", "maybe", "no"), (75, 19, 6))[0]}
+                    for answer in people_vizwiz(question, rng)
+                ],
+                "answer_type": question.answer_type if question.is_answerable else UNANSWERABLE,
+                "answerable": int(question.is_answerable),
+            }
+        )
     return {"val.json": json.dumps(rows), "kinds.json": json.dumps(kinds)}

@@ -8,8 +8,14 @@ from train_vlm.scenes.dissent import people_vqav2
 
 __all__ = ["vqav2_files"]
 
-INFO = {"description": "Drawn scenes in the format of VQA v2.0.", "url": "", "version": "2.0", "year": 2025, "contributor": "",
-        "date_created": ""}
+INFO = {
+    "description": "Drawn scenes in the format of VQA v2.0.",
+    "url": "",
+    "version": "2.0",
+    "year": 2025,
+    "contributor": "",
+    "date_created": "",
+}
 LICENSE = {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}
 
 
@@ -27,10 +33,16 @@ def vqav2_files(pictures: list[Picture], subset: str) -> dict[str, str]:
                 {"answer": answer, "answer_confidence": rng.choices(("yes", "maybe", "no"), (85, 12, 3))[0], "answer_id": person}
                 for person, answer in enumerate(people_vqav2(question, rng), 1)
             ]
-            annotations.append({
-                "question_type": question.question_type, "multiple_choice_answer": question.answer, "answers": answers,
-                "image_id": picture.number, "answer_type": question.answer_type, "question_id": question_id,
-            })
+            annotations.append(
+                {
+                    "question_type": question.question_type,
+                    "multiple_choice_answer": question.answer,
+                    "answers": answers,
+                    "image_id": picture.number,
+                    "answer_type": question.answer_type,
+                    "question_id": question_id,
+                }
+            )
     head = {"info": INFO, "license": LICENSE, "data_type": "mscoco", "data_subtype": subset}
     return {
         f"v2_OpenEnded_mscoco_{subset}_questions.json": json.dumps({**head, "task_type": "Open-Ended", "questions": asked}),

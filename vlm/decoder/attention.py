@@ -52,7 +52,8 @@ class HybridAttention(NemotronHAttention):
         if layout is None:
             return super().forward(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
         query, key, value = (
-            rearrange(project(hidden_states), "b t (h e) -> b h t e", e=self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(project(hidden_states), "b t (h e) -> b h t e", e=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if layout.is_packed:
             out = self._packed(query, key, value, layout)

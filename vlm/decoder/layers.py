@@ -60,7 +60,9 @@ def run_layers(
     expected = 1 if layout.is_packed else batch
     total = sum(layout.lengths) if layout.is_packed else None
     if batch != expected or (total is not None and total != length) or (not layout.is_packed and len(layout.lengths) != batch):
-        raise ValueError(f"found a batch of {batch} x {length} positions; the layout describes {layout.lengths} (packed: {layout.is_packed})")
+        raise ValueError(
+            f"found a batch of {batch} x {length} positions; the layout describes {layout.lengths} (packed: {layout.is_packed})"
+        )
     if state is not None and (layout.is_packed or not layout.right_padded):
         raise ValueError("a kept state needs one sequence a row, padded on the right; found a packed or left-padded batch")
     hidden = embeddings

@@ -4,7 +4,7 @@ Mamba-2 (arXiv 2405.21060, section 6) computes h_t = exp(dt_t A) h_{t-1} + dt_t 
 the meaning and shapes of mamba-ssm's `mamba_chunk_scan_combined`, for any length and any device, and **resets the state where
 `seq_idx` changes**, so that packed samples cannot see each other. `recurrent_scan` is the definition, written as a loop in float64.
 
-Not here: the arithmetic over chunks and its backward pass (chunked_scan.py), the convolution, the gate's norm (mixer.py), the Triton kernels.
+Not here: the arithmetic over chunks and its backward pass (chunked_scan.py), the convolution, the gate's norm (mixer.py), Triton kernels.
 
 Letters: B batch, T positions, H heads, P head width, G groups, N state; c chunks, L positions of a chunk; R = H / G heads per group.
 """
@@ -39,7 +39,9 @@ def _check_shapes(
     if A.shape != (heads,):
         raise ValueError(f"A has shape {tuple(A.shape)}; expected (H,) = {(heads,)}")
     if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != (batch, length):
-        raise ValueError(f"B and C have shapes {tuple(B.shape)} and {tuple(C.shape)}; expected both (B, T, G, N) with B, T = {(batch, length)}")
+        raise ValueError(
+            f"B and C have shapes {tuple(B.shape)} and {tuple(C.shape)}; expected both (B, T, G, N) with B, T = {(batch, length)}"
+        )
     if heads % B.shape[2]:
         raise ValueError(f"{heads} heads do not divide into {B.shape[2]} groups")
     if seq_idx is not None and seq_idx.shape != (batch, length):
@@ -99,7 +101,9 @@ def chunk_scan(
     state = B.shape[3]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if length == 0:
-        final = torch.zeros(batch, heads, width, state, dtype=dtype, device=x.device) if initial_states is None else initial_states.to(dtype)
+        final = (
+            torch.zeros(batch, heads, width, state, dtype=dtype, device=x.device) if initial_states is None else initial_states.to(dtype)
+        )
         return (x, final) if return_final_states else x
 
     steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, dtype)  # B T H

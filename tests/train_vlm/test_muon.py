@@ -1,0 +1,70 @@
+"""Muon's update against the singular value decomposition it approximates, and the split of parameters between Muon and AdamW."""
+
+import copy
+
+import pytest
+import torch
+
+from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups
+from train_vlm.muon import MuonAdamW, is_muon_matrix, orthogonalize
+from train_vlm.recipe import Data, Optimizer, Parts, Recipe, RecipeError, Run, Source
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (40, 16)])
+def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape):
+    """A transposed or unnormalised iteration turns the update in another direction."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ orthogonalize(matrix) @ v.T  # diagonal when the singular vectors are kept
+    off_diagonal = inner - torch.diag(inner.diagonal())
+    assert off_diagonal.abs().max() < 1e-3
+    assert 0.6 < inner.diagonal().min() and inner.diagonal().max() < 1.3
+
+
+def test_first_step_is_the_scaled_orthogonalised_gradient_and_adamw_moves_the_rest():
+    """Root mean square of a Muon step is 0.2 of the rate, whatever the gradient's size; rates set later reach both halves."""
+    matrix, vector = torch.nn.Parameter(torch.zeros(32, 64)), torch.nn.Parameter(torch.zeros(8))
+    groups = [
+        {"params": [matrix], "lr": 1.0, "weight_decay": 0.0, "kind": "muon"},
+        {"params": [vector], "lr": 1.0, "weight_decay": 0.0, "kind": "adamw"},
+    ]
+    optimizer = MuonAdamW(groups)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    matrix.grad = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    vector.grad = torch.full((8,), -5.0)
+    optimizer.step()
+    torch.testing.assert_close(matrix.detach(), -0.01 * 0.2 * 8.0 * orthogonalize(matrix.grad), rtol=1e-3, atol=1e-6)
+    assert matrix.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.25)
+    torch.testing.assert_close(vector.detach(), torch.full((8,), 0.01))
+
+
+def test_matrices_and_convolutions_go_to_muon_words_and_filters_do_not(tiny_model):
+    """Embedding rows orthogonalised as one matrix would move words that were not in the batch."""
+    model = copy.deepcopy(tiny_model)
+    parts = Parts(vision_encoder=1e-3, projector=1e-3, language_model=1e-3)
+    apply_parts(model, parts)
+    groups = parameter_groups(model, parts, Optimizer(kind="muon", muon_rate=2.0))
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[id(p)] for group in groups if group["kind"] == "muon" for p in group["params"]}
+    every = [id(p) for group in groups for p in group["params"]]
+    assert sorted(every) == sorted(names)  # each once
+    assert any(name.endswith("in_proj.weight") for name in by_muon) and any(name.startswith("vision_encoder") for name in by_muon)
+    assert not any(word in name for name in by_muon for word in ("embeddings.weight", "lm_head", "conv1d", "A_log", "norm"))
+    assert all(group["peak_lr"] == (2e-3 if group["kind"] == "muon" else 1e-3) for group in groups)
+    assert isinstance(make_optimizer(groups, Optimizer(kind="muon")), MuonAdamW)
+
+
+def test_small_matrices_are_left_to_adamw():
+    assert is_muon_matrix("up_proj.weight", torch.nn.Parameter(torch.zeros(16, 16)))
+    assert is_muon_matrix("conv.weight", torch.nn.Parameter(torch.zeros(16, 3, 3, 3)))
+    assert not is_muon_matrix("gate.weight", torch.nn.Parameter(torch.zeros(4, 64)))
+    assert not is_muon_matrix("norm.weight", torch.nn.Parameter(torch.zeros(64)))
+
+
+def test_muon_with_sharded_or_bfloat16_matrices_is_refused():
+    """ZeRO hands the optimizer flat pieces; orthogonalising those is a silent wrong step."""
+    data, parts, muon = Data((Source("shards"),)), Parts(), Optimizer(kind="muon")
+    Recipe("sft", "m", "o", data, parts, Run(steps=1, zero_stage=0), muon)
+    with pytest.raises(RecipeError, match="zero_stage to 0"):
+        Recipe("sft", "m", "o", data, parts, Run(steps=1, zero_stage=2), muon)
