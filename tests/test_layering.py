@@ -19,7 +19,14 @@ MAY_IMPORT = {
     "vision_encoders": set(),
     "projector": set(),
 }
-ONLY_IN = {"deepspeed": "train_vlm", "webdataset": "train_vlm", "tensorboard": "train_vlm", "gradio": "demo", "fastapi": "demo", "uvicorn": "demo"}
+ONLY_IN = {
+    "deepspeed": "train_vlm",
+    "webdataset": "train_vlm",
+    "tensorboard": "train_vlm",
+    "gradio": "demo",
+    "fastapi": "demo",
+    "uvicorn": "demo",
+}
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -51,7 +58,7 @@ def test_every_package_was_looked_at():
 
 @pytest.mark.parametrize("package", ["train_vlm", "eval_vqa", "demo"])
 def test_no_program_shadows_another_module(package):
-    """`python eval_vqa/vqav2.py` puts that folder first on the path: a file called like an installed module would be imported in its place."""
-    installed = {name for names in importlib.metadata.packages_distributions() for name in [names]} - MAY_IMPORT.keys()
+    """`python eval_vqa/vqav2.py` puts that folder first on the path: a file named like an installed module would be imported instead."""
+    installed = set(importlib.metadata.packages_distributions()) - MAY_IMPORT.keys()
     here = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()} - {"__init__"}
     assert here and not here & (set(sys.stdlib_module_names) | installed)

@@ -52,21 +52,32 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if group.get("kind") != "muon":
-                continue
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
-                gradient = parameter.grad.float()
-                state["momentum"].lerp_(gradient, 1.0 - group["momentum"])
-                update = orthogonalize(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))  # Nesterov
-                scale = 0.2 * max(update.shape) ** 0.5
-                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter).to(parameter.dtype), alpha=-group["lr"] * scale)
+        self._step_matrices()
         if self._adamw is not None:
             self._adamw.step()
         return loss
+
+    def _step_matrices(self) -> None:
+        """Each rank makes the updates of its share of the matrices; a sum over ranks, zero elsewhere, gives all of them to everyone."""
+        pairs = [(group, p) for group in self.param_groups if group.get("kind") == "muon" for p in group["params"] if p.grad is not None]
+        if not pairs:
+            return
+        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
+        updates = torch.zeros(sum(p.numel() for _, p in pairs), dtype=torch.float32, device=pairs[0][1].device)
+        pieces = updates.split([p.numel() for _, p in pairs])
+        for number, ((group, parameter), piece) in enumerate(zip(pairs, pieces, strict=True)):
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
+            gradient = parameter.grad.float()
+            state["momentum"].lerp_(gradient, 1.0 - group["momentum"])
+            if number % ranks == rank:
+                nesterov = gradient.lerp(state["momentum"], group["momentum"])
+                piece.copy_(orthogonalize(nesterov.flatten(1)).flatten())
+        if ranks > 1:
+            torch.distributed.all_reduce(updates)
+        for (group, parameter), piece in zip(pairs, pieces, strict=True):
+            scale = 0.2 * max(parameter.shape[0], parameter[0].numel()) ** 0.5
+            parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+            parameter.add_(piece.view_as(parameter).to(parameter.dtype), alpha=-group["lr"] * scale)

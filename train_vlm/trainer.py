@@ -161,7 +161,7 @@ def train(recipe: Recipe) -> Path:
             ledger.check(recipe.data.max_skipped_percent)
             share = learning_rate_share(step, steps or 10**9, recipe.optimizer.warmup, recipe.optimizer.final)
             if steps is None:
-                share = min(1.0, (step + 1) / 100)  # until the number of steps is known: a slow rise
+                share = (step + 1) / TIMED_TO  # until the number of steps is known: a rise to the peak
             for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
                 group["lr"] = peak * share
             loss, tokens = train_step(engine, micro, processor, world_size, device)

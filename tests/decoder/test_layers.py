@@ -13,7 +13,15 @@ from vlm.decoder.layout import Layout
 from vlm.decoder.presets import preset_config
 from vlm.decoder.state import DecoderState
 
-WIDTHS = {"hidden_size": 48, "intermediate_size": 80, "vocab_size": 60, "head_dim": 12, "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2}
+WIDTHS = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "vocab_size": 60,
+    "head_dim": 12,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+}
 MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 56}
 
 
@@ -79,7 +87,9 @@ def test_gradients_equal_plain_transformers():
     stock(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     ours(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for (name, a), (_, b) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-4 * a.grad.abs().max().item() + 1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            b.grad, a.grad, rtol=1e-3, atol=1e-4 * a.grad.abs().max().item() + 1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_pack_equals_its_samples(decoder):
@@ -206,7 +216,9 @@ def test_activation_checkpointing_changes_no_gradient(decoder):
 @pytest.mark.parametrize("layout", [Layout.rows([5], 5), Layout.packed([5, 5]), Layout.packed([3, 3])])
 def test_a_layout_for_another_batch_is_refused(decoder, layout):
     """Computed on, positions would silently belong to the wrong sample."""
-    rows = torch.zeros(2, 5, 48, dtype=torch.float64) if not layout.is_packed or sum(layout.lengths) == 10 else torch.zeros(1, 5, 48).double()
+    rows = (
+        torch.zeros(2, 5, 48, dtype=torch.float64) if not layout.is_packed or sum(layout.lengths) == 10 else torch.zeros(1, 5, 48).double()
+    )
     with pytest.raises(ValueError, match="the layout describes"):
         run_layers(decoder, rows, layout)
 

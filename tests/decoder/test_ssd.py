@@ -140,7 +140,9 @@ def test_a_packed_row_equals_its_segments_one_by_one():
     start = 0
     for length in lengths:
         part = {name: t if name == "A" else t[:, start : start + length] for name, t in tensors.items()}
-        torch.testing.assert_close(packed[:, start : start + length], chunk_scan(**part, chunk_size=32, dt_softplus=True), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            packed[:, start : start + length], chunk_scan(**part, chunk_size=32, dt_softplus=True), rtol=1e-4, atol=1e-5
+        )
         start += length
 
 
@@ -185,7 +187,12 @@ def test_state_update_is_one_step_of_the_recurrence(with_d):
     x, dt = torch.randn(batch, heads, width, generator=generator), torch.randn(batch, heads, generator=generator)
     A, bias = -torch.rand(heads, generator=generator), torch.randn(heads, generator=generator)
     B, C = (torch.randn(batch, groups, size, generator=generator) for _ in range(2))
-    settings = {"D": torch.randn(heads, generator=generator) if with_d else None, "dt_bias": bias, "dt_softplus": True, "dt_limit": (0.1, 0.6)}
+    settings = {
+        "D": torch.randn(heads, generator=generator) if with_d else None,
+        "dt_bias": bias,
+        "dt_softplus": True,
+        "dt_limit": (0.1, 0.6),
+    }
     kept = state.clone()
     y, after = state_update(state, x, dt, A, B, C, **settings)
     expected, expected_state = recurrent_scan(x[:, None], dt[:, None], A, B[:, None], C[:, None], initial_states=state, **settings)

@@ -1,6 +1,6 @@
 """Many DeepSpeed runs in one process (starting one costs ten seconds): started by test_trainer.py on two ranks, writes what it saw as JSON.
 
-    python -m torch.distributed.run --nproc_per_node 2 deepspeed_scenarios.py SHARDS MODEL OUT
+python -m torch.distributed.run --nproc_per_node 2 deepspeed_scenarios.py SHARDS MODEL OUT
 """
 
 import copy
@@ -40,8 +40,8 @@ def make_samples(processor) -> list[dict]:
         question = {"role": "user", "content": [*parts, {"type": "text", "text": f"question {number}"}]}
         prepared = processor.prepare([question, {"role": "assistant", "content": answer}])
         samples.append(
-            {"source": 0, "id": str(number), "input_ids": prepared.rendered.input_ids, "labels": prepared.rendered.labels, "pixels": prepared.pixels,
-             "tiles_reduced": 0}
+            {"source": 0, "id": str(number), "input_ids": prepared.rendered.input_ids, "labels": prepared.rendered.labels,
+             "pixels": prepared.pixels, "tiles_reduced": 0}
         )  # fmt: skip
     return samples
 
@@ -72,7 +72,8 @@ class Bench:
             batch = self.pack(self.samples[step * BATCH : (step + 1) * BATCH])
             output = model(
                 input_ids=batch["input_ids"], labels=batch["labels"], cu_seq_lens_q=batch["cu_seq_lens_q"],
-                pixel_values=self.processor.image_processor.normalize_pixels(batch["pixels"]), num_items_in_batch=batch["supervised_tokens"],
+                pixel_values=self.processor.image_processor.normalize_pixels(batch["pixels"]),
+                num_items_in_batch=batch["supervised_tokens"],
             )  # fmt: skip
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.base.optimizer.clip)
@@ -83,7 +84,9 @@ class Bench:
 
     def run(self, parts: Parts, samples=None, micro_batches: int = 1, expected: dict | None = None, **run) -> dict:
         """One training on all ranks. Returns losses, and on rank 0 how far the exported weights are from `expected`."""
-        recipe = replace(self.base, parts=parts, data=replace(self.base.data, micro_batches=micro_batches), run=replace(self.base.run, **run))
+        recipe = replace(
+            self.base, parts=parts, data=replace(self.base.data, micro_batches=micro_batches), run=replace(self.base.run, **run)
+        )
         model = self.fresh(parts)
         if recipe.run.precision == "bfloat16":
             model.to(torch.bfloat16)
@@ -129,8 +132,8 @@ def main(shards: str, model_folder: str, out: str) -> None:
     results["nothing_on_rank_1"] = bench.run(ALL, samples=half, zero_stage=3)
     results["nothing_at_all"] = bench.run(ALIGN, samples=[skipped] * len(half), zero_stage=2)
 
-    run = Recipe(stage="sft", model=model_folder, out=f"{out}/model", data=Data(sources=(Source(shards),), batch_samples=4, workers=0), parts=ALL,
-                 run=Run(steps=2, zero_stage=3, log_every=1, threads_per_rank=1))  # fmt: skip
+    run = Recipe(stage="sft", model=model_folder, out=f"{out}/model", data=Data(sources=(Source(shards),), batch_samples=4, workers=0),
+                 parts=ALL, run=Run(steps=2, zero_stage=3, log_every=1, threads_per_rank=1))  # fmt: skip
     train(run)
     if bench.rank == 0:
         Path(out, "results.json").write_text(json.dumps(results))

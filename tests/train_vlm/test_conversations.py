@@ -40,7 +40,9 @@ def test_several_pictures_over_several_turns():
 def test_without_a_picture_and_in_an_answer_a_mark_is_text():
     """A sample about HTML or about this very format must not ask for a picture."""
     messages, paths = from_llava({"conversations": turns("What is <image>?", "An <image> tag.")})
-    assert paths == [] and messages[0]["content"][0]["text"] == "What is <image>?" and messages[1]["content"][0]["text"] == "An <image> tag."
+    assert (
+        paths == [] and messages[0]["content"][0]["text"] == "What is <image>?" and messages[1]["content"][0]["text"] == "An <image> tag."
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,9 @@ def test_a_malformed_sample_is_a_value_error(sample, message):
         from_llava(sample)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is no valid JSON"), ("", "is no valid JSON"), ("{}", "holds dict"), ("[]", "holds no samples")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "is no valid JSON"), ("", "is no valid JSON"), ("{}", "holds dict"), ("[]", "holds no samples")]
+)
 def test_what_is_no_llava_file_is_refused(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message):

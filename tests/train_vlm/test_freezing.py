@@ -39,8 +39,23 @@ def test_norms_biases_embeddings_and_the_scan_are_not_decayed(model):
     parts = Parts(vision_encoder=1e-4, projector=1e-4, language_model=1e-4)
     apply_parts(model, parts)
     names = {id(p): name for name, p in model.named_parameters()}
-    decay = {names[id(p)]: group["weight_decay"] for group in parameter_groups(model, parts, Optimizer(weight_decay=0.3)) for p in group["params"]}
-    free = ("A_log", ".D", "dt_bias", "norm.weight", ".bias", "embeddings.weight", "cls_token", "position_embeddings", "norm_f.weight", "lambda_1")
+    decay = {
+        names[id(p)]: group["weight_decay"]
+        for group in parameter_groups(model, parts, Optimizer(weight_decay=0.3))
+        for p in group["params"]
+    }
+    free = (
+        "A_log",
+        ".D",
+        "dt_bias",
+        "norm.weight",
+        ".bias",
+        "embeddings.weight",
+        "cls_token",
+        "position_embeddings",
+        "norm_f.weight",
+        "lambda_1",
+    )
     for name, value in decay.items():
         assert value == (0.0 if name.endswith(free) or model.get_parameter(name).ndim < 2 else 0.3), name
     for name in ("language_model.model.layers.0.mixer.in_proj.weight", "projector.linear_1.weight", "language_model.lm_head.weight"):

@@ -47,7 +47,13 @@ def test_a_step_that_makes_nothing_is_an_error(tmp_path):
 
 def test_training_gets_the_minutes_that_the_rest_leaves(tmp_path):
     steps = {step.name: step for step in plan(tmp_path, 15, pictures=100, heldout=10, ranks=2)}
-    minutes = [float(part.split("=")[1]) for step in steps.values() for command in step.commands for part in command if part.startswith("run.minutes=")]
+    minutes = [
+        float(part.split("=")[1])
+        for step in steps.values()
+        for command in step.commands
+        for part in command
+        if part.startswith("run.minutes=")
+    ]
     assert len(minutes) == 3 and 10 < sum(minutes) < 13
     known = set()
     for step in steps.values():
@@ -73,7 +79,8 @@ def finished(tmp_path):
         kinds = {"color": {"accuracy": 10.0, "count": 1}, "count": {"accuracy": 90.0, "count": 1}}
         majority = {"majority": {"scores": {"accuracy": 45.0}, "kinds": kinds}, "ceiling": 80.0 if task == "vizwiz" else None}
         (tmp_path / "eval" / f"{task}-majority.json").write_text(json.dumps(majority))
-    (tmp_path / "eval" / "vqav2" / "submission.json").write_text('[{"question_id": 1, "answer": "red"}, {"question_id": 2, "answer": "<b>9</b>"}]')
+    answers = [{"question_id": 1, "answer": "red"}, {"question_id": 2, "answer": "<b>9</b>"}]
+    (tmp_path / "eval" / "vqav2" / "submission.json").write_text(json.dumps(answers))
     data = tmp_path / "scenes" / "heldout" / "vqav2"
     (data / "val2014").mkdir(parents=True)
     for number in (1, 2):

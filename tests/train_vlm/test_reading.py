@@ -19,7 +19,8 @@ def write(folder, processor, count, name):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 200, 3), dtype=np.uint8)).save(images / "a.png")
     samples = [
         {"id": f"{name}{number}", "image": "a.png" if number % 3 == 0 else [],
-         "conversations": [{"from": "human", "value": ("<image>\n" if number % 3 == 0 else "") + f"q{number}"}, {"from": "gpt", "value": str(number)}]}
+         "conversations": [{"from": "human", "value": ("<image>\n" if number % 3 == 0 else "") + f"q{number}"},
+                           {"from": "gpt", "value": str(number)}]}
         for number in range(count)
     ]  # fmt: skip
     convert(samples, images, processor, folder / name, samples_per_shard=5)
@@ -142,7 +143,11 @@ def test_damage_in_a_shard_is_skipped_with_a_reason(shards, tmp_path, tiny_proce
     stream = SampleStream((Source(shards=str(folder)),), tiny_processor, seed=0, max_tokens=1000)
     results = [stream[position] for position in range(4)]
     broken = [result["detail"] for result in results if "skipped" in result]
-    assert len(broken) == 2 and any("is truncated" in detail for detail in broken) and any("not a readable image" in detail for detail in broken)
+    assert (
+        len(broken) == 2
+        and any("is truncated" in detail for detail in broken)
+        and any("not a readable image" in detail for detail in broken)
+    )
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):

@@ -90,7 +90,9 @@ def test_a_missing_key_is_named(write, missing):
         load_recipe(write({key: value for key, value in GOOD.items() if key != missing}))
 
 
-@pytest.mark.parametrize(("content", "message"), [("a: [", "is no valid YAML"), ("- 1", "holds list"), ("", "holds NoneType"), ("5", "holds int")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [", "is no valid YAML"), ("- 1", "holds list"), ("", "holds NoneType"), ("5", "holds int")]
+)
 def test_what_is_no_recipe_is_refused(write, content, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(content))

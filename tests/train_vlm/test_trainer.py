@@ -36,7 +36,12 @@ def free_port() -> str:
 def launch(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     return subprocess.run(
-        [sys.executable, *command], env=environment | QUIET | {"MASTER_PORT": free_port()}, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *command],
+        env=environment | QUIET | {"MASTER_PORT": free_port()},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 

@@ -191,8 +191,8 @@ def damage(folder, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    ["truncated weights", "weights gone", "garbage weights", "config is no JSON", "config is a list", "another model", "decoder of another width",
-     "a layer more", "an unknown encoder", "tokenizer is no JSON", "tokenizer gone", "processor is no JSON"],
+    ["truncated weights", "weights gone", "garbage weights", "config is no JSON", "config is a list", "another model",
+     "decoder of another width", "a layer more", "an unknown encoder", "tokenizer is no JSON", "tokenizer gone", "processor is no JSON"],
 )  # fmt: skip
 def test_a_damaged_folder_is_refused_with_its_name(folder, tmp_path, kind):
     """Loaded as far as it goes, a damaged checkpoint answers with random weights and without a word."""

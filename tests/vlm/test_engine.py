@@ -105,7 +105,8 @@ def test_max_new_tokens_is_kept_to_the_token(engine, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stop", "expected", "reason"),
-    [(("ball",), "a red ", "stop"), (("l i", "red"), "a ", "stop"), (("zzz",), "a red ball is here", "end"), (("",), "a red ball is here", "end"),
+    [(("ball",), "a red ", "stop"), (("l i", "red"), "a ", "stop"), (("zzz",), "a red ball is here", "end"),
+     (("",), "a red ball is here", "end"),
      ("ball is", "a red ", "stop"), (("all", "ball"), "a red ", "stop")],
 )  # fmt: skip
 def test_a_stop_text_ends_an_answer_before_itself(engine, monkeypatch, stop, expected, reason):
@@ -145,12 +146,15 @@ def test_a_seed_draws_the_same_answer_whatever_stands_beside_it(engine):
     alone = engine.generate([drawn])[0].text
     mates = [ask("x", temperature=1.0, seed=1), ask("hm", PICTURES[1]), ask("y", temperature=2.0)]
     assert texts(engine.generate([*mates[:2], drawn, mates[2]]))[2] == alone
-    others = {engine.generate([ask("tell", PICTURES[0], temperature=1.0, top_p=0.9, seed=seed, max_new_tokens=12)])[0].text for seed in range(4)}
+    others = {
+        engine.generate([ask("tell", PICTURES[0], temperature=1.0, top_p=0.9, seed=seed, max_new_tokens=12)])[0].text for seed in range(4)
+    }
     assert len(others) > 1
 
 
 def test_without_a_seed_the_caller_s_generator_decides(engine):
     """torch.seed() would set the whole process to a random state: nothing after it could be repeated."""
+
     def draw():
         torch.manual_seed(11)
         return engine.generate([ask("tell", temperature=1.5)])[0].text, torch.rand(1).item()
@@ -206,7 +210,9 @@ def test_only_broken_requests_are_answered_too(engine):
 def test_a_placeholder_is_never_said(engine, exact_model, monkeypatch):
     """Said by an untrained or a hot model it would need a tile, and stop the whole batch."""
     head, token = exact_model.get_output_embeddings(), exact_model.config.image_token_id
-    monkeypatch.setattr(head, "forward", lambda hidden: torch.nn.functional.linear(hidden, head.weight).index_fill(-1, torch.tensor([token]), 1e4))
+    monkeypatch.setattr(
+        head, "forward", lambda hidden: torch.nn.functional.linear(hidden, head.weight).index_fill(-1, torch.tensor([token]), 1e4)
+    )
     answers = engine.generate([ask("?"), ask("?", PICTURES[0], temperature=1.0, seed=0)])
     assert [answer.error for answer in answers] == [None, None] and all(answer.generated_tokens for answer in answers)
 

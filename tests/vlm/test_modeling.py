@@ -271,7 +271,9 @@ def test_generate_never_says_a_placeholder(tiny, monkeypatch):
     model, processor = tiny
     head = model.get_output_embeddings()
     token = model.config.image_token_id
-    monkeypatch.setattr(head, "forward", lambda hidden: torch.nn.functional.linear(hidden, head.weight).index_fill(-1, torch.tensor([token]), 99.0))
+    monkeypatch.setattr(
+        head, "forward", lambda hidden: torch.nn.functional.linear(hidden, head.weight).index_fill(-1, torch.tensor([token]), 99.0)
+    )
     out, _ = generated(model, processor, QUESTIONS[:1], do_sample=False)
     assert token not in out.tolist()[0]
 

@@ -40,7 +40,13 @@ def test_the_chat_template_gives_the_renderer_s_ids(tiny_processor, number, chat
     """Tools render text and call the processor; a token cut elsewhere ("W" "hat" for " What") is a prompt that was never trained."""
     processor = VLMProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, chat_formats()[chat].to_dict(), 16)
     messages = CONVERSATIONS[number]
-    images = [part["image"] for message in messages if isinstance(message["content"], list) for part in message["content"] if part["type"] == "image"]
+    images = [
+        part["image"]
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
     prepared = processor.prepare(messages, add_generation_prompt=True)
     template = processor.apply_chat_template(messages, add_generation_prompt=True)
     batch = processor(text=template, images=images or None)
