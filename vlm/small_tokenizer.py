@@ -5,6 +5,8 @@ and taken off again by the decoder): with few training pictures, "red" as an ans
 Real models bring their own tokenizer; nothing here touches those.
 """
 
+from itertools import chain
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -31,7 +33,8 @@ def train_small_tokenizer(texts, vocabulary_size: int = 1024) -> PreTrainedToken
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=2
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # The renderer encodes line breaks alone, with the space in front like every text: seen often, the pair becomes one token.
+    tokenizer.train_from_iterator(chain(texts, ["\n"] * 1000), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
