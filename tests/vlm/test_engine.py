@@ -74,8 +74,9 @@ def test_a_conversation_with_earlier_answers_is_read_whole(engine):
         turns = [{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}, {"role": "assistant", "content": first_answer}]
         return Request([*turns, {"role": "user", "content": "And?"}], max_new_tokens=8)
 
-    answers = engine.generate([second("a red ball"), second("blue blue blue")])
-    assert answers[0].text != answers[1].text
+    # A model with random weights may well say the same to both, so its first choice is compared before it is rounded to a word.
+    first, other = (engine._prefill([engine._prepare(0, second(answer))])[0] for answer in ("a red ball", "blue blue blue"))
+    assert (first - other).abs().max() > 1e-3 * first.abs().max()
 
 
 def say(engine, monkeypatch, words: str, then: str = "end"):
