@@ -27,7 +27,7 @@ demo: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --diff . || true
+	$(BIN)/ruff format --check .
 
 clean-quickstart:
 	rm -rf runs/quickstart

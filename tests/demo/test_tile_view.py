@@ -53,6 +53,8 @@ def test_the_newest_picture_is_open_and_names_are_escaped():
     pictures = [("<b>old</b>", Image.new("RGB", (16, 16))), ("new", Image.new("RGB", (32, 32)))]
     page = tiles_html(view_pictures(processor, pictures, _prepared(processor, [picture for _, picture in pictures])))
     assert re.findall(r"<details( open)?><summary>([^<]*)<", page) == [
-        (" open", "Picture 2: new"), ("", "Picture 1: &lt;b&gt;old&lt;/b&gt;")]
+        (" open", "Picture 2: new"),
+        ("", "Picture 1: &lt;b&gt;old&lt;/b&gt;"),
+    ]
     assert "2 × 2 grid + thumbnail" in page and "20 visual tokens" in page and page.count("<img") == 6
     assert re.findall(r"<span>(&lt;[^<]*)</span>", page)[0] == "&lt;tile_01&gt;"

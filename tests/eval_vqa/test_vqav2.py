@@ -90,8 +90,6 @@ def test_decimals():
     assert score(["cat"] + ["x"] * 2, "cat", decimals=4) == 22.2222
 
 
-
-
 def test_the_last_of_several_results_counts_even_if_an_earlier_one_is_broken():
     rows = {"annotations": [annotation(1, ["cat"] * 10)]}
     results = [{"question_id": 1, "answer": None}, {"question_id": 1, "answer": "cat"}]

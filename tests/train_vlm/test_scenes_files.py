@@ -32,8 +32,11 @@ def read(folder, path):
 
 
 def hashes(folder):
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))
-            if path.name != "summary.json"}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.*"))
+        if path.name != "summary.json"
+    }
 
 
 def test_same_seed_writes_the_same_bytes_whatever_the_number_of_workers(tmp_path, folder):
@@ -161,8 +164,20 @@ def test_gqa_files_have_the_official_form(folder):
     assert len(balanced) >= HELDOUT and balanced == {key: row for key, row in rows.items() if row["isBalanced"]}
     assert 0 < len(rows) - len(balanced) < len(balanced) / 2
     assert set(choices) == set(kinds) == set(rows)
-    keys = {"question", "imageId", "answer", "fullAnswer", "isBalanced", "groups", "types", "semantic", "semanticStr", "entailed",
-            "equivalent", "annotations"}
+    keys = {
+        "question",
+        "imageId",
+        "answer",
+        "fullAnswer",
+        "isBalanced",
+        "groups",
+        "types",
+        "semantic",
+        "semanticStr",
+        "entailed",
+        "equivalent",
+        "annotations",
+    }
     for row_id, row in rows.items():
         assert set(row) == keys
         assert (folder / "heldout/gqa/images" / f"{row['imageId']}.jpg").is_file()
