@@ -6,6 +6,8 @@ crosses a border.
 Letters: T positions of the packed row, N tiles.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from vlm.loss import IGNORE_INDEX, count_supervised_tokens
@@ -40,17 +42,39 @@ def pack(samples: list[dict], filler_id: int, tile_size: int) -> dict:
 
 
 class MicroBatchPositions(torch.utils.data.Sampler):
-    """Endless: the stream positions of this rank's micro-batches, in order. Step s takes positions [s * batch, (s + 1) * batch)."""
+    """Endless: the stream positions of this rank's micro-batches, in order. Step s takes positions [s * batch, (s + 1) * batch).
 
-    def __init__(self, batch_samples: int, micro_batches: int, rank: int, world_size: int, first_step: int = 0):
-        self.batch_samples, self.micro_batches = batch_samples, micro_batches
+    With `cost` (position -> work, such as tokens) a step's samples are dealt out so that micro-batches have like work, and ranks need not
+    wait for each other: the most expensive go first, back and forth. Which samples a step has does not depend on it.
+    """
+
+    def __init__(
+        self,
+        batch_samples: int,
+        micro_batches: int,
+        rank: int,
+        world_size: int,
+        first_step: int = 0,
+        cost: Callable[[int], float] | None = None,
+    ):
+        self.batch_samples, self.micro_batches, self.cost = batch_samples, micro_batches, cost
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
 
     def __iter__(self):
-        size = self.batch_samples // (self.micro_batches * self.world_size)
+        hands = self.micro_batches * self.world_size
+        size = self.batch_samples // hands
         step = self.first_step
         while True:
+            positions = list(range(step * self.batch_samples, (step + 1) * self.batch_samples))
+            if self.cost is None:
+                dealt = [positions[start : start + size] for start in range(0, len(positions), size)]
+            else:
+                positions.sort(key=lambda position: (-self.cost(position), position))
+                dealt = [[] for _ in range(hands)]
+                for turn in range(size):
+                    row = positions[turn * hands : (turn + 1) * hands]
+                    for hand, position in enumerate(row if turn % 2 == 0 else reversed(row)):
+                        dealt[hand].append(position)
             for micro in range(self.micro_batches):
-                start = step * self.batch_samples + (micro * self.world_size + self.rank) * size
-                yield list(range(start, start + size))
+                yield dealt[micro * self.world_size + self.rank]
             step += 1

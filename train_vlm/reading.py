@@ -131,6 +131,11 @@ class SampleStream(torch.utils.data.Dataset):
                 self._orders.popitem(last=False)
         return self._orders[key]
 
+    def tokens(self, position: int) -> int:
+        """Tokens of the sample at a position, by its index entry: with all its tiles, before any are taken away."""
+        source, number = self.locate(position)
+        return self.sources[source].entries[number][1]["tokens"]
+
     def __getitem__(self, position: int) -> dict:
         """{"source", "id", "input_ids", "labels", "pixels" uint8 (N, H, W, 3), "tiles_reduced"} or {"source", "id", "skipped": reason}."""
         source, number = self.locate(position)

@@ -139,7 +139,7 @@ def train(recipe: Recipe) -> Path:
     filler, tile_size = processor.renderer.end_of_turn_id, processor.image_processor.tile_size
     loader = DataLoader(
         stream,
-        batch_sampler=MicroBatchPositions(recipe.data.batch_samples, recipe.data.micro_batches, rank, world_size),
+        batch_sampler=MicroBatchPositions(recipe.data.batch_samples, recipe.data.micro_batches, rank, world_size, cost=stream.tokens),
         num_workers=recipe.data.workers,
         collate_fn=lambda samples: pack(samples, filler, tile_size),
         prefetch_factor=4 if recipe.data.workers else None,

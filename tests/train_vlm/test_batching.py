@@ -1,8 +1,9 @@
 """A packed row and its account."""
 
+import pytest
 import torch
 
-from train_vlm.batching import pack
+from train_vlm.batching import MicroBatchPositions, pack
 from vlm.loss import IGNORE_INDEX
 
 
@@ -38,3 +39,16 @@ def test_a_batch_without_a_usable_sample_still_runs():
     """Every rank must take part in the step."""
     batch = pack([SKIPPED], 2, 4)
     assert batch["input_ids"].tolist() == [[2]] and batch["supervised_tokens"] == 0 and batch["pixels"].shape == (0, 4, 4, 3)
+
+
+@pytest.mark.parametrize("ranks, micro_batches", [(1, 1), (2, 1), (2, 2), (4, 1)])
+def test_samples_are_dealt_by_cost_without_losing_one(ranks, micro_batches):
+    """A rank with all the long samples makes every other rank wait at each step."""
+    cost = {position: (position * 7919) % 97 + 1 for position in range(48)}
+    readers = [iter(MicroBatchPositions(16, micro_batches, rank, ranks, cost=cost.__getitem__)) for rank in range(ranks)]
+    for step in range(3):
+        hands = [next(reader) for reader in readers for _ in range(micro_batches)]
+        assert sorted(position for hand in hands for position in hand) == list(range(16 * step, 16 * step + 16))
+        assert len({len(hand) for hand in hands}) == 1
+        work = [sum(cost[position] for position in hand) for hand in hands]
+        assert max(work) - min(work) <= max(cost.values()) / 2
