@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest: a model from scratch then needs a third of the steps.
+"""Muon for matrices, AdamW for the rest: a small model from scratch needs under half of the steps (docs/decisions.md).
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the nearest matrix with all
 singular values alike, found by a few Newton-Schulz iterations; the step is scaled so that its root mean square is that of an AdamW step

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OTHER_MINUTES = 4.6  # scenes, model, shards, start-ups, six evaluations and the report, on two cores
 SHARES = {"captions": 0.30, "align": 0.03, "sft": 0.67}  # of the training time
 TASKS = ("vqav2", "gqa", "vizwiz")
-# A narrow residual network with features every 8 px; from scratch it sees after a third of the steps a small ViT needs (docs/decisions.md).
+# A narrow residual network with features every 8 px; from scratch it learns colours before a small ViT does (docs/decisions.md).
 ENCODER = ("--vision-encoder", "timm:resnet10t", "--vision-setting", "image_size=64", "--vision-setting", "output_stride=8",
            "--vision-setting", "channels=[32,48,96,96]", "--vision-setting", "stem_width=16")  # fmt: skip
 
