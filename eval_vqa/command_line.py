@@ -1,7 +1,8 @@
-"""The commands of vqav2.py, gqa.py and vizwiz.py: predict, score, run (both) and baseline.
+"""The commands of vqav2.py, gqa.py, vizwiz.py and the smaller tasks: predict, score, run (both) and baseline.
 
-Exit code 0: done. 1: done, but some images or requests failed (listed in OUT/run.json). 2: bad input, one line on stderr. 130: stopped
-by Ctrl-C; the same command goes on. torch and the engine are imported only where something is predicted.
+Exit code 0: done. 1: done, but some images or requests failed (listed in OUT/run.json) or ids did not correspond (listed in the scores).
+2: bad input, one line on stderr. 130: stopped by Ctrl-C; the same command goes on. torch and the engine are imported only where something
+is predicted.
 """
 
 import argparse
@@ -11,14 +12,19 @@ from pathlib import Path
 
 from eval_vqa.baselines import ceiling, fit_majority, majority_results
 from eval_vqa.json_files import file_sha256, read_json, write_json
-from eval_vqa.official_files import LOCATORS, OfficialFiles, read_questions
-from eval_vqa.scoring import ScoreOptions, kind_table, score_file, score_results, table, versions
+from eval_vqa.official_files import OfficialFiles
+from eval_vqa.official_records import name_ids
+from eval_vqa.ranks import start_ranks, this_rank
+from eval_vqa.score_table import table
+from eval_vqa.scoring import ScoreOptions, kind_table, score_file, score_results, versions
+from eval_vqa.tasks import TASKS, read_questions
 
 __all__ = ["build_parser", "main"]
 
 
 def main(task: str, argv: list[str] | None = None, *, load_engine=None) -> int:
-    """Runs one command of `task` ("vqav2", "gqa", "vizwiz") and returns its exit code. load_engine: (args) -> engine, for tests."""
+    """Runs one command of `task` (a name in `eval_vqa.tasks.TASKS`) and returns its exit code. load_engine: (args) -> engine, for tests."""
+    argv = sys.argv[1:] if argv is None else argv
     args = build_parser(task).parse_args(argv)
     try:
         if args.command == "score":
@@ -27,9 +33,11 @@ def main(task: str, argv: list[str] | None = None, *, load_engine=None) -> int:
             return _baseline(task, args)
         if args.command == "run" and _locate(task, args).annotations is None:
             raise ValueError("this split has no annotations to score with: use predict, and hand in OUT/submission.json")
+        if args.ranks is not None:
+            return _start_ranks(task, args, argv)
         code = _predict(task, args, load_engine or _load_engine)
-        if args.command == "run":
-            _score(task, args, args.out / "predictions.jsonl", args.out / "scores.json")
+        if args.command == "run" and this_rank().is_first:
+            code = max(code, _score(task, args, args.out / "predictions.jsonl", args.out / "scores.json"))
         return code
     except (ValueError, OSError, ImportError) as error:
         print(f"{task} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -43,6 +51,7 @@ def build_parser(task: str) -> argparse.ArgumentParser:
     """The command line of one task."""
     parser = argparse.ArgumentParser(
         prog=task,
+        allow_abbrev=False,
         description=f"{task}: predict with a model and score by the official rules",
         epilog="exit code 0: done; 1: done, but some images or requests failed; 2: bad input; 130: stopped, the same command goes on",
     )
@@ -60,10 +69,15 @@ def build_parser(task: str) -> argparse.ArgumentParser:
     asking.add_argument("--limit", type=int, help="only the first so many questions")
     asking.add_argument("--batch", type=int, default=64, help="questions handed to the engine at a time (default %(default)s)")
     asking.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (default %(default)s)")
-    asking.add_argument("--on-missing", choices=("fail", "skip", "blank"), default="fail",
-                        help="unreadable image: stop, leave the question out, or answer it with nothing (default %(default)s)")  # fmt: skip
-    asking.add_argument("--device", help="e.g. cuda, cpu")
+    missing = argparse.ArgumentParser(add_help=False)
+    missing.add_argument("--on-missing", choices=("fail", "skip", "blank"), default="fail",
+                         help="unreadable image or unanswered question: stop, leave it out, or count it as answered with nothing; "
+                         "each is listed (default %(default)s)")  # fmt: skip
+    asking.add_argument("--ranks", type=int, help="answer with so many processes of this machine; torchrun and deepspeed work too")
+    asking.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+    asking.add_argument("--device", help="e.g. cuda, cpu; with several processes each takes the GPU of its rank")
     asking.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default the checkpoint's")
+    asking.add_argument("--quantize", choices=("int8",), help="weight-only quantised decoder; compare.py tells what it costs in score")
     scoring = argparse.ArgumentParser(add_help=False)
     scoring.add_argument("--subset", action="store_true", help="score only the answered questions (no official score)")
     if task == "vqav2":
@@ -75,12 +89,18 @@ def build_parser(task: str) -> argparse.ArgumentParser:
         scoring.add_argument("--map-size", type=int, default=7, help="size of the attention maps (default %(default)s)")
     if task == "vizwiz":
         scoring.add_argument("--answerability", type=Path, help="results file of the answerability task")
-    commands.add_parser("predict", parents=[data, asking], help="ask the model every question")
-    score = commands.add_parser("score", parents=[data, scoring], help="score predictions.jsonl or an official results file")
+    commands.add_parser(allow_abbrev=False, name="predict", parents=[data, asking, missing], help="ask the model every question")
+    score = commands.add_parser(
+        allow_abbrev=False, name="score", parents=[data, scoring, missing], help="score predictions.jsonl or an official results file"
+    )
     score.add_argument("--predictions", type=Path, required=True, help="predictions.jsonl, submission.json or any official results list")
     score.add_argument("--out", type=Path, help="result file (default: scores.json beside the predictions)")
-    commands.add_parser("run", parents=[data, asking, scoring], help="predict, then score")
-    baseline = commands.add_parser("baseline", parents=[data, scoring], help="majority answer per question type, and the ceiling")
+    commands.add_parser(allow_abbrev=False, name="run", parents=[data, asking, scoring, missing], help="predict, then score")
+    if not TASKS[task].baselines:
+        return parser
+    baseline = commands.add_parser(
+        allow_abbrev=False, name="baseline", parents=[data, scoring], help="majority answer per question type, and the ceiling"
+    )
     baseline.add_argument("--train", type=Path, required=True,
                           help="training answers: VQAv2 annotations, GQA questions or a VizWiz list")  # fmt: skip
     baseline.add_argument("--out", type=Path, help="result file")
@@ -90,7 +110,7 @@ def build_parser(task: str) -> argparse.ArgumentParser:
 def _locate(task: str, args) -> OfficialFiles:
     """The files of --data, with what was named one by one in their place."""
     if args.data is not None:
-        found = LOCATORS[task](args.data, args.split)
+        found = TASKS[task].locate(args.data, args.split)
     elif args.questions is not None:
         kinds = args.questions.parent / "kinds.json"
         kinds = kinds if kinds.is_file() else None
@@ -98,29 +118,36 @@ def _locate(task: str, args) -> OfficialFiles:
     else:
         raise ValueError("say where the questions are: --data FOLDER, or --questions FILE")
     if args.questions is not None:
-        beside = found.annotations if task == "vqav2" else args.questions  # GQA and VizWiz keep questions and answers in one file
+        beside = found.annotations if TASKS[task].apart else args.questions
         found = replace(found, questions=args.questions, annotations=beside)
     return replace(found, annotations=args.annotations or found.annotations, images=args.images or found.images)
 
 
 def _predict(task: str, args, load_engine) -> int:
-    from eval_vqa.model_identity import model_fingerprint
+    from eval_vqa.model_identity import model_fingerprint, preprocessing
     from eval_vqa.predicting import PredictSettings, predict
 
     settings = PredictSettings(args.batch, args.max_new_tokens, args.grey, args.on_missing)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, found {args.limit}")
+    rank = this_rank()
     files = _locate(task, args)
     questions = read_questions(task, files)[: args.limit]
     identity = {
         "model": str(args.model),
         "model_fingerprint": model_fingerprint(args.model),
+        "preprocessing": preprocessing(args.model),
         "split": files.split,
+        "files": {name: str(path) for name, path in vars(files).items() if isinstance(path, Path)},
         "questions_sha256": file_sha256(files.questions),
         "dtype": args.dtype,
+        "quantize": args.quantize,
+        "device": args.device,
         "versions": versions(),
     }
-    outcome = predict(task, questions, load_engine(args), args.out, settings, identity=identity)
+    outcome = predict(task, questions, lambda: load_engine(args), args.out, settings, identity=identity, rank=rank)
+    if not rank.is_first:
+        return 0
     answered = sum(not row.get("problem") for row in outcome.rows)
     print(f"{answered} of {len(questions)} questions answered: {args.out / 'submission.json'}")
     if outcome.problems:
@@ -132,13 +159,24 @@ def _predict(task: str, args, load_engine) -> int:
     return 1 if outcome.problems else 0
 
 
+def _start_ranks(task: str, args, argv: list[str]) -> int:
+    if args.ranks < 1:
+        raise ValueError(f"--ranks must be at least 1, found {args.ranks}")
+    names = [word.partition("=")[0] for word in argv]
+    place = names.index("--ranks")
+    rest = argv[:place] + argv[place + (1 if "=" in argv[place] else 2) :]
+    return start_ranks(args.ranks, [str(Path(__file__).with_name(f"{task}.py")), *rest])
+
+
 def _score(task: str, args, predictions: Path, out: Path) -> int:
-    options = _score_options(args)
-    record = score_file(task, _locate(task, args), predictions, options)
+    record = score_file(task, _locate(task, args), predictions, _score_options(args))
     write_json(out, record, indent=1)
     print(table(record))
     print(f"\nwritten: {out}")
-    return 0
+    for name, ids in (("without answer", record["missing_ids"]), ("that are not in this split", record["unknown_ids"])):
+        if ids:
+            print(f"{task} {args.command}: questions {name}, {name_ids(ids)}; all are listed in {out}", file=sys.stderr)
+    return 1 if record["missing_ids"] or record["unknown_ids"] else 0
 
 
 def _baseline(task: str, args) -> int:
@@ -147,7 +185,7 @@ def _baseline(task: str, args) -> int:
     annotations = read_json(files.annotations) if files.annotations else None
     majority = fit_majority(read_json(args.train))
     results = majority_results(majority, questions, annotations if task == "vqav2" else None)
-    scores, per_question = score_results(task, files, results, _score_options(args))
+    scores, per_question, _ = score_results(task, files, results, _score_options(args))
     record = {
         "task": task,
         "split": files.split,
@@ -177,4 +215,5 @@ def _load_engine(args):
     from vlm.engine import Engine
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    return Engine.from_pretrained(args.model, device=args.device, dtype=dtype, max_batch=args.batch)
+    more = {"quantize": args.quantize} if args.quantize else {}
+    return Engine.from_pretrained(args.model, device=this_rank().device(args.device), dtype=dtype, max_batch=args.batch, **more)

@@ -9,18 +9,21 @@ import re
 from hashlib import sha256
 from pathlib import Path
 
+from eval_vqa.archives import is_archive, members, read_bytes
+
 __all__ = ["file_sha256", "read_json", "write_json"]
 
 
 def read_json(path: str | Path):
     """The parsed content of a JSON file, or of a folder NAME that holds the pieces NAME_*.json of one object (GQA's layout).
 
-    Raises FileNotFoundError when there is no such file, ValueError with line and column when it is not JSON.
+    Both may lie in a zip file (see `eval_vqa.archives`). Raises FileNotFoundError when there is no such file, ValueError with line and
+    column when it is not JSON.
     """
     path = Path(path)
-    if path.is_dir():
+    if pieces := _pieces(path):
         merged = {}
-        for piece in _pieces(path):
+        for piece in pieces:
             content = _read(piece)
             if not isinstance(content, dict):
                 raise ValueError(f"{piece}: expected a JSON object with a part of {path.name}, found a {type(content).__name__}")
@@ -33,7 +36,10 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 (hex) of a file, or of the pieces of a folder one after the other."""
     path = Path(path)
     digest = sha256()
-    for part in _pieces(path) if path.is_dir() else [path]:
+    for part in _pieces(path) or [path]:
+        if not part.is_file():
+            digest.update(read_bytes(part))
+            continue
         with open(part, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -58,18 +64,26 @@ def write_json(path: str | Path, content, *, indent: int | None = None) -> Path:
 
 
 def _read(path: Path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not valid JSON: not UTF-8 text") from None
 
 
-def _pieces(folder: Path) -> list[Path]:
-    pieces = [path for path in folder.glob("*.json") if path.name.startswith(f"{folder.name}_")]
+def _pieces(path: Path) -> list[Path]:
+    """The pieces NAME_*.json in a folder NAME, on disk or in a zip file, by number; [] for what is no folder."""
+    if path.is_dir():
+        names = [entry.name for entry in path.iterdir()]
+    elif archive := next((parent for parent in path.parents if is_archive(parent)), None):
+        inside = f"{path.relative_to(archive).as_posix()}/"
+        names = [name.removeprefix(inside) for name in members(archive) if name.startswith(inside)]
+        if not names:
+            return []
+    else:
+        return []
+    pieces = [path / name for name in names if name.startswith(f"{path.name}_") and name.endswith(".json")]
     if not pieces:
-        raise FileNotFoundError(f"{folder} holds no {folder.name}_*.json")
-    return sorted(pieces, key=lambda path: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", path.stem)])
+        raise FileNotFoundError(f"{path} holds no {path.name}_*.json")
+    return sorted(pieces, key=lambda piece: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", piece.stem)])

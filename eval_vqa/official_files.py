@@ -1,17 +1,25 @@
 """Where the official VQAv2, GQA and VizWiz downloads keep what, and the questions in them as one kind of row.
 
-A split that is not named is the usual one to measure on, or the only one there.
+A folder may hold the files as they come out of the archives, in the usual subfolders, or the archives themselves: those are read without
+unpacking. A split that is not named is the usual one to measure on, or the only one there.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_vqa.json_files import read_json
-from eval_vqa.official_records import field, index_records, name_ids
+from eval_vqa.archives import exists, is_archive, members
+from eval_vqa.official_records import field, index_records
 
-__all__ = ["LOCATORS", "READERS", "OfficialFiles", "Question", "read_questions"]
+__all__ = [
+    "OfficialFiles", "Question", "choose_split", "find_file", "find_images", "locate_gqa", "locate_vizwiz", "locate_vqav2",
+    "read_gqa_questions", "read_vizwiz_questions", "read_vqav2_questions",
+]  # fmt: skip
+
+# Where files are looked for below the folder, in this order; a "*.zip" stands for every archive of that name.
+VQAV2_PLACES = (".", "questions", "annotations", "Questions", "Annotations", "v2_*_mscoco.zip")
+GQA_PLACES = (".", "questions", "questions1.2", "eval", "sceneGraphs", "*uestions*.zip", "sceneGraphs.zip", "eval.zip")
+VIZWIZ_PLACES = ("Annotations", "annotations", ".", "Annotations.zip", "annotations.zip")
 
 
 @dataclass(frozen=True)
@@ -39,13 +47,14 @@ class Question:
 def locate_vqav2(folder: Path, split: str | None) -> OfficialFiles:
     """v2_OpenEnded_mscoco_SPLIT_questions.json, v2_mscoco_SPLIT_annotations.json (not for test), SPLIT/COCO_SPLIT_NUMBER.jpg."""
     pattern = "v2_OpenEnded_mscoco_{}_questions.json"
-    split = split or _only_split(folder, pattern, ("val2014",))
+    split = split or choose_split(folder, VQAV2_PLACES, pattern, ("val2014",))
+    subset = split.replace("test-dev2015", "test2015")
     return OfficialFiles(
         split,
-        _existing(folder / pattern.format(split), folder, pattern),
-        images=folder / split.replace("test-dev2015", "test2015"),
-        annotations=_if_exists(folder / f"v2_mscoco_{split}_annotations.json"),
-        kinds=_if_exists(folder / "kinds.json"),
+        _needed(folder, VQAV2_PLACES, pattern, split),
+        images=find_images(folder, subset),
+        annotations=find_file(folder, VQAV2_PLACES, f"v2_mscoco_{split}_annotations.json"),
+        kinds=find_file(folder, (".",), "kinds.json"),
     )
 
 
@@ -56,34 +65,30 @@ def locate_gqa(folder: Path, split: str | None) -> OfficialFiles:
     """
     pattern = "{}_questions.json"
     preferred = ("testdev_balanced", "testdev_all", "val_balanced", "val_all")
-    split = split or _only_split(folder, pattern, preferred)
+    split = split or choose_split(folder, GQA_PLACES, pattern, preferred)
     names = [split] if split.endswith(("_balanced", "_all")) else [f"{split}_balanced", f"{split}_all", split]
-    candidates = [folder / form for name in names for form in (pattern.format(name), f"{name}_questions")]
-    questions = next((path for path in candidates if path.exists()), None) or _existing(candidates[0], folder, pattern)
+    forms = [form for name in names for form in (pattern.format(name), f"{name}_questions")]
+    questions = next((path for form in forms if (path := find_file(folder, GQA_PLACES, form))), None)
+    questions = questions or _needed(folder, GQA_PLACES, pattern, names[0])
     name = questions.name.removesuffix(".json").removesuffix("_questions")
     tier = re.sub("_(balanced|all)$", "", name)
     return OfficialFiles(
         name,
         questions,
-        images=folder / "images",
-        annotations=questions,
-        choices=_if_exists(folder / f"{tier}_choices.json"),
-        scene_graphs=_if_exists(folder / f"{tier}_sceneGraphs.json"),
-        kinds=_if_exists(folder / "kinds.json"),
+        images=find_images(folder, "images"),
+        annotations=None if tier in ("test", "challenge", "submission") else questions,
+        choices=find_file(folder, GQA_PLACES, f"{tier}_choices.json"),
+        scene_graphs=find_file(folder, GQA_PLACES, f"{tier}_sceneGraphs.json"),
+        kinds=find_file(folder, (".",), "kinds.json"),
     )
 
 
 def locate_vizwiz(folder: Path, split: str | None) -> OfficialFiles:
-    """SPLIT.json (or Annotations/SPLIT.json) and SPLIT/IMAGE."""
-    where = folder if not (folder / "Annotations").is_dir() else folder / "Annotations"
-    split = split or _only_split(where, "{}.json", ("val",))
-    questions = _existing(where / f"{split}.json", where, "{}.json")
-    return OfficialFiles(split, questions, images=folder / split, annotations=questions, kinds=_if_exists(folder / "kinds.json"))
-
-
-LOCATORS: dict[str, Callable[[Path, str | None], OfficialFiles]] = {
-    "vqav2": locate_vqav2, "gqa": locate_gqa, "vizwiz": locate_vizwiz,
-}  # fmt: skip
+    """SPLIT.json (or Annotations/SPLIT.json, or in Annotations.zip) and SPLIT/IMAGE. The test split has no answers."""
+    split = split or choose_split(folder, VIZWIZ_PLACES, "{}.json", ("val",))
+    questions = _needed(folder, VIZWIZ_PLACES, "{}.json", split)
+    kinds = find_file(folder, (".",), "kinds.json")
+    return OfficialFiles(split, questions, find_images(folder, split), None if split == "test" else questions, kinds=kinds)
 
 
 def read_vqav2_questions(content: dict, images: Path) -> list[Question]:
@@ -112,44 +117,37 @@ def read_vizwiz_questions(content: list, images: Path) -> list[Question]:
     return [Question(key, field(row, "question", f"image {key!r}"), images / str(key)) for key, row in rows.items()]
 
 
-READERS: dict[str, Callable[[dict | list, Path], list[Question]]] = {
-    "vqav2": read_vqav2_questions, "gqa": read_gqa_questions, "vizwiz": read_vizwiz_questions,
-}  # fmt: skip
+def find_file(folder: Path, places: tuple[str, ...], name: str) -> Path | None:
+    """The file (or folder of pieces) called `name` in the first of `places` below `folder` that holds it; None when none does.
+
+    In an archive it may lie in a folder of any depth.
+    """
+    for place in _existing_places(folder, places):
+        if not is_archive(place):
+            if (place / name).exists():
+                return place / name
+            continue
+        for member in members(place):
+            parts = member.split("/")
+            if name in parts and not member.startswith("__MACOSX/"):
+                return place.joinpath(*parts[: parts.index(name) + 1])
+    return None
 
 
-def read_questions(task: str, files: OfficialFiles) -> list[Question]:
-    """The questions of a split in official order. Raises ValueError for a file without questions or with one that is no text."""
-    rows = READERS[task](read_json(files.questions), files.images)
-    if not rows:
-        raise ValueError(f"{files.questions} holds no questions")
-    if silent := [row.id for row in rows if not isinstance(row.text, str)]:
-        raise ValueError(f"{files.questions}: questions whose text is no string, {name_ids(silent)}")
-    return rows
+def find_images(folder: Path, name: str) -> Path:
+    """The folder of images called `name`, plain, below images/, or in NAME.zip; where it should be when it is not there."""
+    for path in (folder / name, folder / "images" / name, folder / "Images" / name, folder / "Images" / "mscoco" / name):
+        if path.is_dir():
+            return path
+    for archive in (folder / f"{name}.zip", folder / "images" / f"{name}.zip"):
+        if is_archive(archive):
+            return archive / name if exists(archive / name) else archive
+    return folder / name
 
 
-def _number(row: dict) -> int:
-    image_id = field(row, "image_id", f"question {row['question_id']!r}")
-    if not isinstance(image_id, int):
-        raise ValueError(f"question {row['question_id']!r}: image_id must be a whole number, found {image_id!r}")
-    return image_id
-
-
-def _if_exists(path: Path) -> Path | None:
-    return path if path.exists() else None
-
-
-def _splits(folder: Path, pattern: str) -> list[str]:
-    before, after = pattern.split("{}")
-    names = [path.name for path in folder.iterdir() if path.name.startswith(before)]
-    stem = after.removesuffix(".json")
-    found = {name[len(before) : len(name) - len(end)] for name in names for end in {after, stem} if end and name.endswith(end)}
-    return sorted(found - {"", "kinds"})
-
-
-def _only_split(folder: Path, pattern: str, preferred: tuple[str, ...]) -> str:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the data folder {folder} does not exist")
-    found = _splits(folder, pattern)
+def choose_split(folder: Path, places: tuple[str, ...], pattern: str, preferred: tuple[str, ...]) -> str:
+    """The first of the preferred splits that is there, or the only one. Raises FileNotFoundError when neither is."""
+    found = _splits(folder, places, pattern)
     chosen = next((split for split in preferred if split in found), found[0] if len(found) == 1 else None)
     if chosen is None:
         several = f"found {', '.join(found)}; choose one with --split" if found else "found none"
@@ -157,9 +155,41 @@ def _only_split(folder: Path, pattern: str, preferred: tuple[str, ...]) -> str:
     return chosen
 
 
-def _existing(path: Path, folder: Path, pattern: str) -> Path:
+def _needed(folder: Path, places: tuple[str, ...], pattern: str, split: str) -> Path:
+    path = find_file(folder, places, pattern.format(split))
+    if path is None:
+        there = ", ".join(_splits(folder, places, pattern)) or "none"
+        raise FileNotFoundError(f"{folder / pattern.format(split)} not found; splits in that folder: {there}")
+    return path
+
+
+def _existing_places(folder: Path, places: tuple[str, ...]) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"the data folder {folder} does not exist")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found; splits in that folder: {', '.join(_splits(folder, pattern)) or 'none'}")
-    return path
+    found = []
+    for place in places:
+        if place.endswith(".zip"):
+            found += [path for path in sorted(folder.glob(place)) if is_archive(path)]
+        elif (folder / place).is_dir():
+            found.append(folder / place)
+    return found
+
+
+def _splits(folder: Path, places: tuple[str, ...], pattern: str) -> list[str]:
+    before, after = pattern.split("{}")
+    names: set[str] = set()
+    for place in _existing_places(folder, places):
+        if is_archive(place):
+            names |= {part for member in members(place) for part in member.split("/")}
+        else:
+            names |= {path.name for path in place.iterdir()}
+    ends = {after, after.removesuffix(".json")} - {""}
+    found = {name[len(before) : len(name) - len(end)] for name in names if name.startswith(before) for end in ends if name.endswith(end)}
+    return sorted(found - {"", "kinds"})
+
+
+def _number(row: dict) -> int:
+    image_id = field(row, "image_id", f"question {row['question_id']!r}")
+    if not isinstance(image_id, int):
+        raise ValueError(f"question {row['question_id']!r}: image_id must be a whole number, found {image_id!r}")
+    return image_id

@@ -1,32 +1,35 @@
-"""Asks the model every question of a split, in batches, so that a kill costs one batch and nothing is asked twice.
+"""Asks the model every question of a split, so that a kill costs what was in the engine at that moment and nothing is asked twice.
 
 OUT/run.json       what was asked of what: written first, and completed with counts and problems at the end
-OUT/predictions.jsonl   one line per question as it is answered
+OUT/predictions.jsonl   one line per question as it is answered, by any number of processes
 OUT/submission.json     the official results list in the question file's order, written whole at the end
+OUT/answerability.json  VizWiz only: the submission of its second task, from the model's probability of "unanswerable"
 
-Questions about one image are asked together, whatever their order in the file. An image that is missing or cannot be read is an error by
-default; `skip` leaves its questions out of the submission and `blank` answers them with an empty string. Both list them in run.json.
+Questions about one image are asked together, by one process, whatever their order in the file: the engine then encodes the image once. An
+image that is missing or cannot be read is an error by default; `skip` leaves its questions out of the submission and `blank` answers
+them with an empty string. Both list them in run.json.
 """
 
-import json
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval_vqa.json_files import read_json, write_json
+from eval_vqa.archives import is_file
+from eval_vqa.asking import Asker
+from eval_vqa.claims import Claims
+from eval_vqa.json_files import write_json
 from eval_vqa.official_files import Question
 from eval_vqa.official_records import name_ids
-from eval_vqa.postprocessing import POSTPROCESSING
-from eval_vqa.predictions_file import RESULT_KEYS, keep_answered, line, read_rows, result
-from eval_vqa.prompts import PROMPTS, prompt_sha256, render_prompt
+from eval_vqa.predictions_file import RESULT_KEYS, PredictionsFile, keep_answered, result
+from eval_vqa.progress import Progress
+from eval_vqa.ranks import Rank
+from eval_vqa.run_record import complete, open_record
 
-__all__ = ["ON_MISSING", "Outcome", "PredictSettings", "load_image", "predict"]
+__all__ = ["ON_MISSING", "Outcome", "PredictSettings", "predict"]
 
 ON_MISSING = ("fail", "skip", "blank")
-GREY = (127, 127, 127)
+SHARES_PER_RANK = 4  # a process takes at most this part of its share at a time, so that none is left with all the rest
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class PredictSettings:
 
 @dataclass
 class Outcome:
-    """What a run came to: rows of all questions so far, and the problems among them."""
+    """What a run came to: rows of all questions, and the problems among them. Only the first rank has them."""
 
     rows: list[dict]
     problems: list[dict] = field(default_factory=list)
@@ -62,169 +65,98 @@ def predict(
     *,
     identity: dict | None = None,
     make_request: Callable | None = None,
+    rank: Rank | None = None,
 ) -> Outcome:
-    """Answers `questions` into the folder `out`, going on where an earlier run stopped.
+    """Answers `questions` into the folder `out`, going on where an earlier run stopped, beside whatever other process does the same.
 
-    engine: has generate(requests, on_answer=callable(index, Answer)) -> list of Answer, as vlm.engine.Engine. identity: what tells this
-    run from another (hashes of model and data); with the settings and the prompt it must equal what run.json holds. make_request: takes
-    (messages, max_new_tokens=), by default vlm.engine.Request. Raises ValueError when `out` holds another run, and with on_missing
-    "fail" for the first batch with an unreadable image (what was answered before stays in the file).
+    engine: has generate(requests, on_answer=callable(index, Answer)) -> list of Answer, as vlm.engine.Engine; or a function that makes one.
+    identity: what tells this run from another (hashes of model and data); with the settings and the prompt it must equal what run.json
+    holds. make_request: takes (messages, max_new_tokens=), by default vlm.engine.Request. rank: which of several processes this is; the
+    first waits for all questions and completes the run. Raises ValueError when `out` holds another run, and with on_missing "fail" for an
+    unreadable image (what was answered before stays in the file).
     """
-    settings = settings or PredictSettings()
-    if make_request is None:
-        from vlm.engine import Request as make_request
-    out = Path(out)
+    settings, rank, out = settings or PredictSettings(), rank or Rank(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    run = _settings_record(task, settings, identity or {})
-    _refuse_another_run(out, run)
+    record = open_record(out, task, settings, identity or {})
     if settings.on_missing == "fail":
-        if absent := sorted({str(question.image) for question in questions if not question.image.is_file()}):
+        if absent := [str(image) for image in sorted({question.image for question in questions}) if not is_file(image)]:
             raise ValueError(f"image files not found, {name_ids(absent)}; --on-missing skip or blank goes on without them")
-    if not (out / "run.json").exists():
-        write_json(out / "run.json", run, indent=1)
-
-    id_key, answer_key = RESULT_KEYS[task]
     path = out / "predictions.jsonl"
-    done = {row[id_key] for row in keep_answered(path, task)}
-    pending = [question for question in questions if question.id not in done]
-    began = time.monotonic()
-    with open(path, "ab") as file, _progress(len(questions), len(questions) - len(pending)) as bar:
+    with Claims(out) as claims:
+        if claims.alone and rank.is_first:
+            keep_answered(path, task)  # what failed in an earlier start is asked again
+        claims.join()
+        log = PredictionsFile(path, task, claims.writing)
+        log.refresh()
+        before = sum(question.id in log.rows for question in questions)
+        others = len(log.rows) - before  # of an earlier, longer list of questions
+        began = time.monotonic()
+        with Progress(len(questions), before, visible=rank.is_first) as progress:
+            if before < len(questions):
+                engine = engine if hasattr(engine, "generate") else engine()
 
-        def write(row: dict) -> None:
-            file.write(line(row))
-            file.flush()  # a killed process loses nothing that was flushed
-            bar.update()
+            def write(row: dict) -> None:
+                log.append(row)
+                progress.show(len(log.rows) - others)
 
-        for batch in _batches(pending, settings.batch):
-            _answer_batch(task, batch, engine, settings, make_request, write)
-    seconds = time.monotonic() - began
-
-    rows = {row[id_key]: row for row in read_rows(path, task)}
-    asked = [rows[question.id] for question in questions]
-    problems = [{id_key: row[id_key], "problem": row["problem"]} for row in asked if row.get("problem")]
-    write_json(out / "submission.json", [result(task, row[id_key], row[answer_key]) for row in asked if answer_key in row])
-    counts = {
-        "questions": len(asked),
-        "answered": sum(answer_key in row and not row.get("problem") for row in asked),
-        "stop_reasons": dict(Counter(row["stop_reason"] for row in asked if row.get("stop_reason"))),
-        "visual_tokens": sum(row.get("visual_tokens") or 0 for row in asked),
-        "generated_tokens": sum(row.get("generated_tokens") or 0 for row in asked),
-        "asked_in_this_start": len(pending),
-        "seconds_of_this_start": round(seconds, 2),
-    }
-    write_json(out / "run.json", {**run, "counts": counts, "problems": problems}, indent=1)
-    return Outcome(asked, problems)
-
-
-def load_image(path: Path):
-    """A decoded PIL image. Raises FileNotFoundError or ValueError with the path and what is wrong."""
-    from PIL import Image
-
-    if not path.is_file():
-        raise FileNotFoundError(f"image {path} not found")
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from None
-    return image
+            asker = Asker(task, engine, settings, write, make_request)
+            for batch in _batches(questions, claims, log, settings.batch, rank):
+                rank.check_parent()
+                asker.ask(batch)
+        seconds = time.monotonic() - began
+    if not rank.is_first:
+        return Outcome([])
+    rows = [log.rows[question.id] for question in questions]
+    _write_submissions(out, task, rows)
+    problems = complete(out, task, record, rows, asked=len(questions) - before, seconds=seconds, ranks=rank.world)
+    return Outcome(rows, problems)
 
 
-def _grey_like(image):
-    from PIL import Image, ImageOps
+def _batches(questions: list[Question], claims: Claims, log: PredictionsFile, size: int, rank: Rank) -> Iterator[list[Question]]:
+    """Lists of up to `size` questions that nobody else has, those of one image neighbours, until all are asked.
 
-    return Image.new("RGB", ImageOps.exif_transpose(image).size, GREY)
-
-
-def _answer_batch(task, batch: list[Question], engine, settings: PredictSettings, make_request, write) -> None:
-    """One call of the engine; each answer is written as it comes."""
-    id_key = RESULT_KEYS[task][0]
-    images, requests, asked = {}, [], []
-    for question in batch:
-        if question.image not in images:
-            try:
-                image = load_image(question.image)
-                images[question.image] = _grey_like(image) if settings.grey else image
-            except (FileNotFoundError, ValueError) as error:
-                images[question.image] = error
-        image = images[question.image]
-        if isinstance(image, Exception):
-            if settings.on_missing == "fail":
-                raise ValueError(f"question {question.id!r}: {image}; --on-missing skip or blank goes on without it")
-            answered = result(task, question.id, "") if settings.on_missing == "blank" else {id_key: question.id}
-            write({**answered, "problem": str(image)})
-            continue
-        text = render_prompt(PROMPTS[task], question.text)
-        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-        requests.append(make_request(messages=[{"role": "user", "content": content}], max_new_tokens=settings.max_new_tokens))
-        asked.append(question)
-    written: set[int] = set()
-
-    def on_answer(index: int, answer) -> None:
-        if index not in written:
-            written.add(index)
-            write(_row(task, asked[index], answer))
-
-    if requests:
-        for index, answer in enumerate(engine.generate(requests, on_answer=on_answer)):
-            on_answer(index, answer)
-    if len(written) != len(requests):
-        raise RuntimeError(f"the engine gave {len(written)} answers to {len(requests)} requests")
-
-
-def _row(task: str, question: Question, answer) -> dict:
-    if answer.error:  # counted as a wrong answer, listed, and asked again at the next start
-        return {**result(task, question.id, ""), "problem": f"the engine failed: {answer.error}"}
-    postprocess, _ = POSTPROCESSING[task]
-    return {
-        **result(task, question.id, postprocess(answer.text)),
-        "text": answer.text,
-        "stop_reason": answer.stop_reason,
-        "prompt_tokens": answer.prompt_tokens,
-        "visual_tokens": answer.visual_tokens,
-        "generated_tokens": answer.generated_tokens,
-        "seconds": round(answer.seconds, 4),
-    }
-
-
-def _settings_record(task: str, settings: PredictSettings, identity: dict) -> dict:
-    return {
-        "task": task,
-        "prompt": PROMPTS[task],
-        "prompt_sha256": prompt_sha256(PROMPTS[task]),
-        "postprocessing": POSTPROCESSING[task][1],
-        "decoding": "greedy",
-        "max_new_tokens": settings.max_new_tokens,
-        "grey": settings.grey,
-        "on_missing": settings.on_missing,
-        **identity,
-    }
-
-
-def _refuse_another_run(out: Path, run: dict) -> None:
-    if not (out / "run.json").exists():
-        if (out / "predictions.jsonl").exists():
-            raise ValueError(f"{out} holds a predictions.jsonl without run.json; choose another --out or remove it")
-        return
-    earlier = read_json(out / "run.json")
-    may_differ = {"on_missing", "model", "versions", "split"}  # places and paths may change; what was asked of what may not
-    run = json.loads(json.dumps(run))
-    if different := sorted(key for key in run.keys() - may_differ if earlier.get(key) != run[key]):
-        found = "; ".join(f"{key} is {earlier.get(key)!r} there and {run[key]!r} now" for key in different)
-        raise ValueError(f"{out} holds another run: {found}. Choose another --out, or remove that folder to start over")
-
-
-def _batches(questions: list[Question], size: int) -> Iterator[list[Question]]:
-    """Batches in which questions of one image are neighbours; images in order of first appearance."""
+    Images are numbered by first appearance. Each is claimed while its questions are asked. The first rank goes through them once more and
+    waits for what others hold: it gets an image when they have answered it, or when they have died.
+    """
     of_image: dict[Path, list[Question]] = {}
     for question in questions:
         of_image.setdefault(question.image, []).append(question)
-    ordered = [question for group in of_image.values() for question in group]
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    groups = list(of_image.values())
+    most = min(size, max(1, len(questions) // (rank.world * SHARES_PER_RANK))) if rank.world > 1 else size
+
+    def open_questions(images: list[int]) -> list[Question]:
+        return [question for image in images for question in groups[image] if question.id not in log.rows]
+
+    def answer(held: list[int]) -> Iterator[list[Question]]:
+        log.refresh()  # another process may have answered them before they were claimed
+        todo = open_questions(held)
+        for start in range(0, len(todo), size):
+            yield todo[start : start + size]
+        for image in held:
+            claims.release(image)
+        held.clear()
+
+    for wait in (False, True) if rank.is_first else (False,):
+        held: list[int] = []
+        for image in range(len(groups)):
+            if not open_questions([image]):
+                continue
+            if not claims.claim(image):
+                if not wait:
+                    continue
+                yield from answer(held)
+                claims.claim(image, wait=True)
+            held.append(image)
+            if len(open_questions(held)) >= most:
+                yield from answer(held)
+        yield from answer(held)
+        log.refresh()
 
 
-def _progress(total: int, done: int):
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, unit="question", file=sys.stderr, disable=None, dynamic_ncols=True)
+def _write_submissions(out: Path, task: str, rows: list[dict]) -> None:
+    """The official results files."""
+    id_key, answer_key = RESULT_KEYS[task]
+    answered = [row for row in rows if answer_key in row]
+    write_json(out / "submission.json", [result(task, row[id_key], row[answer_key]) for row in answered])
+    if any("answerable" in row for row in answered):
+        write_json(out / "answerability.json", [{id_key: row[id_key], "answerable": row.get("answerable", 0.5)} for row in answered])

@@ -2,18 +2,25 @@
 
 A line is an official result ("question_id" and "answer", or GQA's and VizWiz's keys) with what one wants to know later: the text as
 generated, why it stopped, tokens, seconds, and `problem` where an image or a request failed. A line with a problem is not an answer to
-keep: the next start asks that question again.
+keep: the next start asks that question again. Several processes may write one file: each line is appended under a lock, and what a killed
+process left of a line is cut off first.
 """
 
 import json
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from eval_vqa.json_files import read_json
 from eval_vqa.official_records import field
 
-__all__ = ["RESULT_KEYS", "keep_answered", "read_results", "read_rows", "result"]
+__all__ = ["RESULT_KEYS", "PredictionsFile", "keep_answered", "read_results", "read_rows", "result"]
 
-RESULT_KEYS = {"vqav2": ("question_id", "answer"), "gqa": ("questionId", "prediction"), "vizwiz": ("image", "answer")}
+RESULT_KEYS = {
+    "vqav2": ("question_id", "answer"), "gqa": ("questionId", "prediction"), "vizwiz": ("image", "answer"),
+    "textvqa": ("question_id", "answer"), "docvqa": ("questionId", "answer"), "chartqa": ("id", "answer"), "exact_match": ("id", "answer"),
+}  # fmt: skip
 
 
 def result(task: str, question_id, answer: str) -> dict:
@@ -48,7 +55,7 @@ def read_rows(path: Path, task: str) -> list[dict]:
 def keep_answered(path: Path, task: str) -> list[dict]:
     """Drops from the file a torn last line, repeated questions and lines with a problem; returns what stays ([] without a file).
 
-    The file is replaced whole, and only when there is something to drop.
+    The file is replaced whole, and only when there is something to drop; no other process may be writing to it.
     """
     if not path.exists():
         return []
@@ -64,6 +71,64 @@ def keep_answered(path: Path, task: str) -> list[dict]:
 def line(row: dict) -> bytes:
     """`row` as it stands in the file."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+class PredictionsFile:
+    """The growing file as one of several processes sees it: `rows` {id: row} of everybody, as of the last `refresh`.
+
+    locked: makes the context in which a line is written, held by one process at a time.
+    """
+
+    def __init__(self, path: Path, task: str, locked: Callable[[], AbstractContextManager] = nullcontext):
+        self.path, self.id_key, self.locked = path, RESULT_KEYS[task][0], locked
+        self.rows: dict = {}
+        self._read_bytes, self._inode = 0, None
+
+    def append(self, row: dict) -> None:
+        """Writes one line; flushed, so that a killed process loses nothing that was written."""
+        with self.locked():
+            torn = self.refresh()
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                end = self._read_bytes
+                if torn and _is_json(torn):  # only its line feed is missing
+                    end += os.pwrite(file, torn + b"\n", end)
+                else:
+                    os.ftruncate(file, end)
+                os.pwrite(file, line(row), end)
+            finally:
+                os.close(file)
+
+    def refresh(self) -> bytes:
+        """Reads the lines that were added by anybody since the last time; returns what follows the last line feed.
+
+        Raises ValueError for a line that is no JSON object with the task's id.
+        """
+        if not self.path.exists():
+            return b""
+        with open(self.path, "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._inode or found.st_size < self._read_bytes:  # another file was put in its place
+                self.rows, self._read_bytes, self._inode = {}, 0, found.st_ino
+            file.seek(self._read_bytes)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        for text in whole.split(b"\n"):
+            if text.strip():
+                if not _is_json(text):
+                    raise ValueError(f"{self.path} holds a line that is not valid JSON: {text[:60]!r}; delete it and start again")
+                row = json.loads(text)
+                self.rows.setdefault(field(row, self.id_key, str(self.path)), row)
+        self._read_bytes += len(whole)
+        return content[len(whole) :]
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_results(path: Path, task: str) -> tuple[list[dict], list[dict]]:

@@ -13,6 +13,10 @@ PROMPTS = {
     "vqav2": "{question}\n" + SHORT_ANSWER,
     "gqa": "{question}\n" + SHORT_ANSWER,
     "vizwiz": "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n" + SHORT_ANSWER,
+    "textvqa": "{question}\n" + SHORT_ANSWER,
+    "docvqa": "{question}\n" + SHORT_ANSWER,
+    "chartqa": "{question}\n" + SHORT_ANSWER,
+    "exact_match": "{question}\n" + SHORT_ANSWER,
 }
 
 

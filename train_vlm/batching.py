@@ -18,7 +18,9 @@ __all__ = ["MicroBatchPositions", "pack"]
 def pack(samples: list[dict], filler_id: int, tile_size: int) -> dict:
     """Samples of `SampleStream` -> input_ids and labels (1, T), pixels uint8 (N, H, W, 3), cu_seq_lens_q (S + 1,), and their account.
 
-    Skipped samples are left out and listed. If none is usable, one filler token without a label stands in, so that every rank still runs.
+    The account: `samples`, what each usable one has ("source", "id", "tokens", "supervised_tokens", "tiles", "tiles_reduced"), in order;
+    `ids` and `seen`, ids and sources of all of them; `skipped`: (source, reason, detail). Skipped samples are left out and listed. If
+    none is usable, one filler token without a label stands in, so that every rank still runs.
     """
     usable = [sample for sample in samples if "skipped" not in sample]
     ids = [sample["input_ids"] for sample in usable] or [[filler_id]]
@@ -33,11 +35,24 @@ def pack(samples: list[dict], filler_id: int, tile_size: int) -> dict:
         "cu_seq_lens_q": lengths.cumsum(0),
         "pixels": torch.cat(pixels) if pixels else torch.zeros(0, tile_size, tile_size, 3, dtype=torch.uint8),
         "supervised_tokens": count_supervised_tokens(packed_labels, seq_idx),
+        "samples": [_account(sample) for sample in usable],
+        "ids": [f"{sample['source']} {sample['id']}" for sample in samples],
         "seen": [sample["source"] for sample in samples],
         "skipped": [
             (sample["source"], sample["skipped"], f"{sample['id']}: {sample['detail']}") for sample in samples if "skipped" in sample
         ],
         "tiles_reduced": sum(sample["tiles_reduced"] for sample in usable),
+    }
+
+
+def _account(sample: dict) -> dict:
+    return {
+        "source": sample["source"],
+        "id": sample["id"],
+        "tokens": len(sample["input_ids"]),
+        "supervised_tokens": sum(label != IGNORE_INDEX for label in sample["labels"][1:]),  # nothing predicts the first token
+        "tiles": len(sample["pixels"]),
+        "tiles_reduced": sample["tiles_reduced"],
     }
 
 

@@ -29,9 +29,13 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
         if options.dry_run:
             print(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False).rstrip())
             return 0
+        from train_vlm.ranks import FailedElsewhereError
         from train_vlm.trainer import train
 
-        train(recipe)
+        try:
+            train(recipe)
+        except FailedElsewhereError:
+            return 2
         return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"{stage}: {error}", file=sys.stderr)

@@ -45,6 +45,14 @@ class MuonAdamW(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(others, betas=betas, eps=eps, foreach=True) if others else None
         if self._adamw is not None:
             self.param_groups += self._adamw.param_groups
+            self._adamw.state = self.state  # one table of states: what is saved and loaded is the whole optimizer
+
+    def __setstate__(self, state: dict) -> None:
+        """Called by load_state_dict with new tables: AdamW must go on with these, not with its own."""
+        super().__setstate__(state)
+        if getattr(self, "_adamw", None) is not None:
+            self._adamw.param_groups = [group for group in self.param_groups if group.get("kind") != "muon"]
+            self._adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure=None):

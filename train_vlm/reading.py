@@ -53,6 +53,15 @@ class ShardedSource:
         for file in getattr(self, "_files", {}).values():
             file.close()
 
+    def never_read(self) -> dict[str, int]:
+        """What is not read at all: left out by `at_most_tiles`, and by reason when the shards were written."""
+        counts = {"more tiles than at_most_tiles": self.left_out} if self.left_out else {}
+        try:
+            skipped = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))["skipped"]
+        except (OSError, ValueError, KeyError):
+            skipped = {}  # shards written by something else
+        return counts | {f"{reason} when the shards were written": count for reason, count in skipped.items()}
+
     def _read(self, shard: Path, place: list[int]) -> bytes:
         if shard not in self._files:
             if len(self._files) >= OPEN_SHARDS:
@@ -80,7 +89,9 @@ class ShardedSource:
         for message in record["messages"]:
             for part in message["content"]:
                 if part["type"] == "image":
-                    part["image"] = next(waiting)
+                    part["image"] = next(waiting, None)
+                    if part["image"] is None:
+                        raise ValueError(f"image missing: sample {entry['key']} has {len(images)}, its text asks for more")
         return record["id"], record["messages"]
 
 
@@ -144,7 +155,8 @@ class SampleStream(torch.utils.data.Dataset):
             name, messages = self.sources[source].read(number)
             sample = self.processor.prepare(messages, max_tokens=self.max_tokens, max_tiles=self.settings[source].max_tiles)
         except ValueError as error:
-            reason = "too long" if "at most" in str(error) else "broken"
+            words = str(error)
+            reason = "image missing" if words.startswith("image missing") else "too long" if "tokens with one tile" in words else "broken"
             return {"source": source, "id": name, "skipped": reason, "detail": str(error)}
         if not any(label >= 0 for label in sample.rendered.labels):
             return {"source": source, "id": name, "skipped": "nothing supervised", "detail": "no assistant text"}

@@ -1,75 +1,90 @@
-"""What a run tells: a bar with loss, rate and time left, a JSON line a step, TensorBoard, and the account of what was read.
+"""What a run tells while it goes on: a bar with loss, rate and time left, a JSON line every few steps, TensorBoard, and
+Weights & Biases when asked.
 
-Only rank 0 writes. Files: `log.jsonl` (a line each logged step), `tensorboard/`, `summary.json` at the end.
+Only rank 0 writes. Files: `log.jsonl` (a line each logged step), `tensorboard/`, `summary.json` at the end. A run that goes on from a
+checkpoint goes on with these files too: what was told of steps that are made again is taken back.
 """
 
 import json
+import secrets
+import shutil
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vlm.files import write_whole
 
-__all__ = ["Ledger", "RunLog"]
+__all__ = ["RunLog", "cut_log"]
 
 
-class Ledger:
-    """Samples seen and skipped per source and reason, over all ranks."""
+def cut_log(path: Path, step: int) -> None:
+    """Keep the whole lines of log.jsonl up to `step`; a kill may have left half a line, or lines of steps that are made again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_whole(path, "".join(kept))
 
-    def __init__(self):
-        self.seen, self.skipped, self.examples, self.tiles_reduced = Counter(), Counter(), {}, 0
 
-    def add(self, batch: dict) -> None:
-        self.seen.update(batch["seen"])
-        self.tiles_reduced += batch["tiles_reduced"]
-        for source, reason, detail in batch["skipped"]:
-            self.skipped[(source, reason)] += 1
-            self.examples.setdefault((source, reason), detail)
-
-    def skipped_percent(self) -> float:
-        return 100.0 * self.skipped.total() / max(self.seen.total(), 1)
-
-    def check(self, most_percent: float, *, least_seen: int = 200) -> None:
-        """Raises ValueError with the reasons when too many samples are unusable (after `least_seen`, or when all of 8 are)."""
-        enough = 8 if self.skipped.total() == self.seen.total() else least_seen
-        if self.seen.total() >= enough and self.skipped_percent() > most_percent:
-            raise ValueError(
-                f"{self.skipped_percent():.1f} % of {self.seen.total()} samples are unusable, at most {most_percent} % are accepted "
-                f"(data.max_skipped_percent): " + "; ".join(f"{count} {reason}, e.g. {self.examples[(source, reason)]}"
-                                                            for (source, reason), count in self.skipped.items())
-            )  # fmt: skip
-
-    def to_dict(self) -> dict:
-        return {
-            "seen": {str(source): count for source, count in sorted(self.seen.items())},
-            "skipped": {f"{source}: {reason}": count for (source, reason), count in sorted(self.skipped.items())},
-            "examples": {f"{source}: {reason}": text for (source, reason), text in self.examples.items()},
-            "tiles_reduced": self.tiles_reduced,
-        }
+def _start_wandb(project: str, folder: Path, settings: dict, *, goes_on: bool):
+    """A run in a project; one that goes on after a kill finds itself again by the id kept in its folder."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("run.wandb needs Weights & Biases: pip install wandb") from error
+    kept = folder / "wandb_id"
+    name = kept.read_text(encoding="utf-8") if goes_on and kept.is_file() else secrets.token_hex(8)
+    write_whole(kept, name)
+    return wandb.init(project=project, name=folder.name.removesuffix(".log"), id=name, resume="allow", config=settings, dir=str(folder))
 
 
 class RunLog:
-    """Opened by rank 0 with the run's folder; other ranks pass folder=None and every call does nothing."""
+    """Opened by rank 0 with the run's folder; other ranks pass folder=None and every call does nothing.
 
-    def __init__(self, folder: Path | None, total_steps: int | None, title: str):
-        self.folder, self.started, self.bar, self.writer, self.file = folder, time.monotonic(), None, None, None
+    `step` and `spent_seconds`: where the run goes on; 0 begins the files anew. `wandb`: a project of Weights & Biases, or None.
+
+    Raises ImportError when wandb is asked for and missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        total_steps: int | None,
+        title: str,
+        *,
+        step: int = 0,
+        spent_seconds: float = 0.0,
+        wandb: str | None = None,
+        settings: dict | None = None,
+    ):
+        self.folder, self.started, self.bar, self.writer, self.file = folder, time.monotonic() - spent_seconds, None, None, None
+        self.wandb = None
         if folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        (folder / "summary.json").unlink(missing_ok=True)
+        if step == 0:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        cut_log(folder / "log.jsonl", step)
+        self.file = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if wandb is not None:
+            self.wandb = _start_wandb(wandb, folder, settings or {}, goes_on=step > 0)
         # In a file or a pipe a bar is a line each time: once in half a minute is enough.
-        self.bar = tqdm(total=total_steps, desc=title, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total_steps, initial=step, desc=title, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0, dynamic_ncols=True
+        )
 
     def set_total(self, steps: int) -> None:
         if self.bar is not None:
             self.bar.total = steps
-            self.bar.refresh()
 
     def advance(self) -> None:
         if self.bar is not None:
@@ -81,9 +96,13 @@ class RunLog:
         self.file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.started, 2), **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        rate = max(value for name, value in values.items() if name.startswith("lr/"))
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, rate {rate:.1e}", refresh=False)
+            if not isinstance(value, str):
+                self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+        rates = [value for name, value in values.items() if name.startswith("lr/")]
+        if rates:
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, rate {max(rates):.1e}", refresh=False)
 
     def close(self, summary: dict | None = None) -> None:
         if self.folder is None:
@@ -91,5 +110,7 @@ class RunLog:
         self.bar.close()
         self.writer.close()
         self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
         if summary is not None:
             write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))

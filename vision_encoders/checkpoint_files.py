@@ -11,13 +11,14 @@ file would crash the process when that file is overwritten.
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["assign_weights", "find_weight_files", "iterate_tensors", "raise_on_key_mismatch", "read_json"]
+__all__ = ["assign_weights", "find_weight_files", "iterate_tensors", "raise_on_key_mismatch", "raise_on_shape_mismatch", "read_json"]
 
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = (
@@ -181,6 +182,24 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
     else:
         owner._buffers[leaf] = tensor
+
+
+def raise_on_shape_mismatch(module: nn.Module, stored: Mapping[str, Any], *, source: str | Path) -> None:
+    """Compare names and shapes of a module's weights with those of tensors on disk (anything with a `shape`), nothing being read.
+
+    Raises ValueError listing the keys that are missing, unexpected, or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    raise_on_key_mismatch(
+        source,
+        missing=expected.keys() - stored.keys(),
+        unexpected=stored.keys() - expected.keys(),
+        mismatched=[
+            f"{name} (file {tuple(tensor.shape)}, model {expected[name]})"
+            for name, tensor in stored.items()
+            if name in expected and tuple(tensor.shape) != expected[name]
+        ],
+    )
 
 
 def raise_on_key_mismatch(

@@ -5,11 +5,12 @@ Letters: N tiles, P patches per tile, C vision width.
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "IMAGENET_MEAN", "IMAGENET_STD", "VisionEncoder", "as_square"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "IMAGENET_MEAN", "IMAGENET_STD", "VisionEncoder", "as_square", "mark_initialized", "settled_dtype"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -96,21 +97,28 @@ def as_square(features: Tensor, *, prefix_tokens: int, channels: int, channels_l
     return patches
 
 
-def _settle(encoder: nn.Module) -> None:
-    """Eval mode; one float dtype (the most frequent one of the checkpoint); weights marked as initialised.
+def settled_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """The float dtype of most elements, given (dtype, number of elements) of each weight."""
+    counted: Counter[torch.dtype] = Counter()
+    for dtype, elements in sizes:
+        if dtype.is_floating_point:
+            counted[dtype] += elements
+    return counted.most_common(1)[0][0]
 
-    The mark is what transformers looks for: without it, wrapping the encoder in a larger model would draw its weights again.
-    """
-    encoder.eval()
-    sizes: Counter[torch.dtype] = Counter()
-    for tensor in encoder.state_dict().values():
-        if tensor.is_floating_point():
-            sizes[tensor.dtype] += tensor.numel()
-    if len(sizes) > 1:
-        encoder.to(sizes.most_common(1)[0][0])
-    if any(tensor.is_meta for tensor in encoder.parameters()):
-        return
+
+def mark_initialized(encoder: nn.Module) -> None:
+    """The mark that transformers looks for: without it, wrapping the encoder in a larger model would draw its weights again."""
     for tensor in (*encoder.parameters(), *encoder.buffers()):
         tensor._is_hf_initialized = True
     for module in encoder.modules():
         module._is_hf_initialized = True
+
+
+def _settle(encoder: nn.Module) -> None:
+    """Eval mode; one float dtype (the most frequent one of the checkpoint); weights marked as initialised."""
+    encoder.eval()
+    tensors = encoder.state_dict().values()
+    if len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1:
+        encoder.to(settled_dtype((tensor.dtype, tensor.numel()) for tensor in tensors))
+    if not any(tensor.is_meta for tensor in encoder.parameters()):
+        mark_initialized(encoder)

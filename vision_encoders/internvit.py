@@ -8,18 +8,21 @@ One correction: transformers gives the query and key norms their default epsilon
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vision_encoders.checkpoint_files import assign_weights, find_weight_files, iterate_tensors, read_json
-from vision_encoders.contract import IMAGENET_MEAN, IMAGENET_STD, VisionEncoder
+from vision_encoders.checkpoint_files import assign_weights, find_weight_files, raise_on_shape_mismatch, read_json
+from vision_encoders.contract import IMAGENET_MEAN, IMAGENET_STD, VisionEncoder, mark_initialized, settled_dtype
 from vision_encoders.position_embedding import resize_position_embedding
+from vision_encoders.stored_tensors import StoredTensor, stored_tensors
 
-__all__ = ["InternViT", "build_internvit"]
+__all__ = ["InternViT", "build_internvit", "open_internvit"]
 
 # original config field -> (field of InternVLVisionConfig, the original's default)
 ORIGINAL_FIELDS = {
@@ -72,6 +75,16 @@ class InternViT(VisionEncoder):
 
 def build_internvit(model: str, checkpoint: Path | None, settings: dict) -> InternViT:
     """Build InternViT; `model` is unused (the family has one architecture). See `build_vision_encoder`."""
+    encoder, tensors = open_internvit(model, checkpoint, settings)
+    if tensors is not None:
+        loaded = ((name.removeprefix("tower."), tensor.read()) for name, tensor in tensors.items())
+        assign_weights(encoder.tower, loaded, source=checkpoint)
+        mark_initialized(encoder)
+    return encoder
+
+
+def open_internvit(model: str, checkpoint: Path | None, settings: dict) -> tuple[InternViT, dict[str, StoredTensor] | None]:
+    """The encoder on the meta device and where each of its weights stands; without a checkpoint the random encoder and None."""
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     settings = dict(settings)
@@ -96,14 +109,18 @@ def build_internvit(model: str, checkpoint: Path | None, settings: dict) -> Inte
     config = InternVLVisionConfig(**shape)
     image_size, patch_size = _square(config.image_size, "image_size"), _square(config.patch_size, "patch_size")
 
-    # 2. The weights: on the meta device until the checkpoint's take their place.
+    # 2. The weights: looked up, not read; everything is checked here.
+    tensors = None
     if checkpoint is None:
         tower = InternVLVisionModel(config)
     else:
         with torch.device("meta"):
             tower = InternVLVisionModel(config)
-        tensors = _translate(iterate_tensors(find_weight_files(checkpoint)))
-        assign_weights(tower, _fit_positions(tensors, image_size // patch_size), source=checkpoint)
+        tensors = dict(_fit_positions(_translate(stored_tensors(find_weight_files(checkpoint))), image_size // patch_size))
+        raise_on_shape_mismatch(tower, tensors, source=checkpoint)
+        dtype = settled_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in tensors.values())
+        tower.to(dtype)
+        tensors = {f"tower.{name}": tensor.to(dtype) for name, tensor in tensors.items()}
     if config.use_qk_norm:
         for layer in tower.encoder.layer:
             layer.attention.q_norm.variance_epsilon = config.layer_norm_eps
@@ -113,7 +130,7 @@ def build_internvit(model: str, checkpoint: Path | None, settings: dict) -> Inte
     for field in dataclasses.fields(InternVLVisionConfig):
         if field.name in InternVLVisionConfig.__dict__.get("__annotations__", {}) and field.name not in encoder_settings:
             encoder_settings[field.name] = getattr(config, field.name)
-    return InternViT(
+    encoder = InternViT(
         tower,
         image_size=image_size,
         patch_size=patch_size,
@@ -122,6 +139,7 @@ def build_internvit(model: str, checkpoint: Path | None, settings: dict) -> Inte
         std=std or IMAGENET_STD,
         encoder_settings=encoder_settings,
     )
+    return encoder, tensors
 
 
 def _read_shape(checkpoint: Path, known: set[str]) -> dict:
@@ -147,7 +165,7 @@ def _read_normalisation(checkpoint: Path) -> tuple[list[float] | None, list[floa
     return content.get("image_mean"), content.get("image_std")
 
 
-def _translate(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _translate(tensors: Iterator[tuple[str, StoredTensor]]) -> Iterator[tuple[str, StoredTensor]]:
     """Original names -> transformers' names; transformers' own pass through; other parts of a whole model are left out."""
     for key, tensor in tensors:
         prefix = next((prefix for prefix in ENCODER_PREFIXES if key.startswith(prefix)), "")
@@ -160,8 +178,9 @@ def _translate(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Ten
         _, _, index, rest = name.split(".", 3)
         target = f"encoder.layer.{index}."
         if rest in ("attn.qkv.weight", "attn.qkv.bias"):
-            for part, piece in zip("qkv", tensor.chunk(3, dim=0), strict=True):  # Order: q, k, v
-                yield f"{target}attention.{part}_proj.{rest.rpartition('.')[2]}", piece
+            width = tensor.shape[0] // 3
+            for index, part in enumerate("qkv"):  # Order: q, k, v
+                yield f"{target}attention.{part}_proj.{rest.rpartition('.')[2]}", tensor.rows(index * width, (index + 1) * width)
             continue
         for original, ours in ORIGINAL_LAYER_KEYS.items():
             if rest.startswith(original):
@@ -171,9 +190,12 @@ def _translate(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Ten
             yield name, tensor  # will be reported as unexpected
 
 
-def _fit_positions(tensors: Iterator[tuple[str, Tensor]], side: int) -> Iterator[tuple[str, Tensor]]:
+def _fit_positions(tensors: Iterator[tuple[str, StoredTensor]], side: int) -> Iterator[tuple[str, StoredTensor]]:
     for name, tensor in tensors:
-        yield name, resize_position_embedding(tensor, side, prefix_tokens=1) if name == POSITION_KEY else tensor
+        if name == POSITION_KEY and tensor.shape[1] != 1 + side * side:
+            resize = partial(resize_position_embedding, side=side, prefix_tokens=1)
+            tensor = tensor.map(resize, shape=(1, 1 + side * side, tensor.shape[2]))
+        yield name, tensor
 
 
 def _square(size: int | list | tuple, name: str) -> int:

@@ -29,7 +29,9 @@ class TimmTower(VisionEncoder):
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """N 3 H W -> N P C."""
-        return _tower_features(self.tower, pixel_values)
+        # Convolutions on a processor want channels innermost; in this order they need not turn their inputs around (34 -> 20 ms for
+        # 18 tiles of a small residual network). Transformers do not mind.
+        return _tower_features(self.tower, pixel_values.contiguous(memory_format=torch.channels_last))
 
 
 def build_timm(model: str, checkpoint: Path | None, settings: dict) -> TimmTower:

@@ -30,6 +30,7 @@ class VLMConfig(PreTrainedConfig):
     projector_hidden_size: width of the projector's hidden layer (Nemotron-H VLM: the decoder's FFN width).
     pixel_shuffle_factor: side of the square of features that becomes one visual token (2: 1024 patches -> 256 visual tokens).
     image_token_id: the placeholder's id; visual_tokens_per_tile: placeholders of one tile.
+    origins: what the folders of the parts said about themselves when the model was assembled (name, licence), for the model card.
     """
 
     model_type = "nemotron_h_vlm"
@@ -42,6 +43,7 @@ class VLMConfig(PreTrainedConfig):
     pixel_shuffle_factor: int = 2
     image_token_id: int = 0
     visual_tokens_per_tile: int = 256
+    origins: dict | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

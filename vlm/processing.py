@@ -88,19 +88,26 @@ class VLMProcessor(ProcessorMixin):
         return result
 
     def prepare(
-        self, messages: list[dict], *, max_tokens: int | None = None, max_tiles: int | None = None, add_generation_prompt: bool = False
+        self,
+        messages: list[dict],
+        *,
+        max_tokens: int | None = None,
+        max_tiles: int | None = None,
+        add_generation_prompt: bool = False,
+        thinking: bool | None = None,
     ) -> Prepared:
         """Messages with images (paths, files or Pillow images) -> ids, labels and tiles.
 
         When the text is longer than `max_tokens`, tiles are taken from the image with most of them, one image and one step at a time,
-        with a receipt each. Raises ValueError when even one tile an image is too long (text is never cut) or an image is broken.
+        with a receipt each. `thinking` is a reasoning checkpoint's switch (see `Renderer.render`). Raises ValueError when even one tile an
+        image is too long (text is never cut) or an image is broken.
         """
         messages = normalize_messages(messages)
         images = [open_image(part["image"]) for message in messages for part in message["content"] if part["type"] == "image"]
         limit = self.image_processor.max_tiles if max_tiles is None else max_tiles
         limits = [limit] * len(images)
         counts = [self.image_processor.count_tiles(*image.size, limit) for image in images]
-        rendered = self.renderer.render(messages, counts, add_generation_prompt=add_generation_prompt)
+        rendered = self.renderer.render(messages, counts, add_generation_prompt=add_generation_prompt, thinking=thinking)
         receipts = []
         while max_tokens is not None and len(rendered.input_ids) > max_tokens:
             if not counts or max(counts) == 1:
@@ -114,7 +121,7 @@ class VLMProcessor(ProcessorMixin):
                 limits[largest] -= 1
                 counts[largest] = self.image_processor.count_tiles(*images[largest].size, limits[largest])
             receipts.append(f"image {largest + 1}: {before} -> {counts[largest]} tiles to fit {max_tokens} tokens")
-            rendered = self.renderer.render(messages, counts, add_generation_prompt=add_generation_prompt)
+            rendered = self.renderer.render(messages, counts, add_generation_prompt=add_generation_prompt, thinking=thinking)
         tiles = [tile for image, tiles in zip(images, limits, strict=True) for tile in self.image_processor.tile(image, tiles)]
         size = self.image_processor.tile_size
         pixels = (
@@ -125,11 +132,18 @@ class VLMProcessor(ProcessorMixin):
     def apply_chat_template(
         self, conversation, *, add_generation_prompt=False, tokenize=False, return_dict=False, return_tensors=None, **kwargs
     ):
-        """transformers' call, for one conversation or a batch. Tokenised, user text stays plain text (the renderer makes the ids)."""
+        """transformers' call, for one conversation or a batch. Tokenised, user text stays plain text (the renderer makes the ids).
+
+        `enable_thinking` is a reasoning checkpoint's switch, as in its own template; to ask it of another checkpoint is a ValueError.
+        """
+        thinking = kwargs.pop("enable_thinking", None)
+        self.renderer.chat_format.answer_opening(thinking)
         if not tokenize:
+            if thinking is not None and self.renderer.chat_format.think_open:
+                kwargs["enable_thinking"] = thinking
             return super().apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs)
         conversations = conversation if isinstance(conversation[0], list) else [conversation]
-        samples = [self.prepare(messages, add_generation_prompt=add_generation_prompt) for messages in conversations]
+        samples = [self.prepare(messages, add_generation_prompt=add_generation_prompt, thinking=thinking) for messages in conversations]
         batch = self.pad([sample.rendered.input_ids for sample in samples])
         batch["pixel_values"] = self.image_processor.normalize_pixels(torch.cat([sample.pixels for sample in samples]))
         return batch if return_dict else batch["input_ids"]

@@ -11,16 +11,17 @@ Letters: V visual tokens per tile.
 """
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 
+from .chat_format import PLACEHOLDER, ROLES, ChatFormat, chat_formats
 from .loss import IGNORE_INDEX
+from .thinking import THINKING_MARKS, strip_thinking
 
-__all__ = ["ChatFormat", "Rendered", "Renderer", "chat_formats", "image_tokens", "normalize_messages", "tile_tag"]
+__all__ = ["PLACEHOLDER", "ChatFormat", "Rendered", "Renderer", "chat_formats", "image_tokens", "normalize_messages", "tile_tag"]
 
-IMAGE_OPEN, IMAGE_CLOSE, PLACEHOLDER, THUMBNAIL_TAG = "<Image>", "</Image>", "<image>", "<tile_global_thumbnail>"
+IMAGE_OPEN, IMAGE_CLOSE, THUMBNAIL_TAG = "<Image>", "</Image>", "<tile_global_thumbnail>"
 MOST_TILES = 12
-ROLES = ("system", "user", "assistant")
 
 
 def tile_tag(number: int) -> str:
@@ -31,51 +32,6 @@ def tile_tag(number: int) -> str:
 def image_tokens() -> list[str]:
     """All tokens an image is written with; `vlm.assemble` adds them to a tokenizer."""
     return [PLACEHOLDER, IMAGE_OPEN, IMAGE_CLOSE, *(tile_tag(number) for number in range(1, MOST_TILES + 1)), THUMBNAIL_TAG]
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How turns are marked. It is saved with the processor.
-
-    bos: token before everything ("" for none); turn_open, turn_close: tokens around a turn; system: the system text used when the
-    conversation brings none (None: no system turn).
-    """
-
-    bos: str = ""
-    turn_open: str = "<|im_start|>"
-    turn_close: str = "<|im_end|>"
-    system: str | None = None
-
-    def chat_template(self) -> str:
-        """The same format as a Jinja template, for tools that render text themselves."""
-        default = (
-            ""
-            if self.system is None
-            else ("{% if messages[0]['role'] != 'system' %}" + f"{self.turn_open}system\n{self.system}{self.turn_close}\n" + "{% endif %}")
-        )
-        return (
-            self.bos + default + "{% for message in messages %}" + self.turn_open + "{{ message['role'] + '\n' }}"
-            "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-            "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
-            + PLACEHOLDER
-            + "{{ '\n' }}{% endif %}{% endfor %}{% endif %}"
-            + self.turn_close
-            + "{{ '\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}" + self.turn_open + "{{ 'assistant\n' }}{% endif %}"
-        )
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
-def chat_formats() -> dict[str, ChatFormat]:
-    """Named formats: "small" (ChatML without a system turn), "chatml" (NVLM's SFT template), "nemotron" (NVIDIA's for Nemotron-H)."""
-    follow = "Follow the user's instruction and answer questions."
-    return {
-        "small": ChatFormat(),
-        "chatml": ChatFormat(system=follow),
-        "nemotron": ChatFormat(bos="<s>", turn_open="<SPECIAL_14>", turn_close="<SPECIAL_15>", system=follow),
-    }
 
 
 def normalize_messages(messages: list[dict]) -> list[dict]:
@@ -136,7 +92,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.chat_format = chat_format
         self.visual_tokens_per_tile = visual_tokens_per_tile
-        marks = [mark for mark in (chat_format.bos, chat_format.turn_open, chat_format.turn_close) if mark]
+        marks = chat_format.marks()
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in [*image_tokens(), *marks] if token not in vocabulary]
         if missing:
@@ -145,7 +101,14 @@ class Renderer:
                 "assemble the model by python -m vlm.assemble"
             )
         self._ids = {token: vocabulary[token] for token in [*image_tokens(), *marks]}
-        self._reserved = {index: token for token, index in tokenizer.get_added_vocab().items()} | {i: t for t, i in self._ids.items()}
+        # An added token with a space in it that is not special is a phrase of plain text (vlm/small_tokenizer.py).
+        added = tokenizer.added_tokens_decoder.items()
+        self._reserved = {index: token.content for index, token in added if token.special or " " not in token.content}
+        self._reserved |= {index: token for token, index in self._ids.items()}
+        thoughts = [token for token in THINKING_MARKS if chat_format.think_open and token in vocabulary]
+        self._marks = {token: vocabulary[token] for token in [*marks, *thoughts]}
+        self._mark_pattern = re.compile("(" + "|".join(map(re.escape, self._marks)) + ")")
+        self._marked_pattern = self._pattern_of_template_text()
         self._encode_cached = lru_cache(maxsize=65536)(self._encode)
 
     @property
@@ -179,62 +142,89 @@ class Renderer:
             ids += [self._ids[tag]] + [self._ids[PLACEHOLDER]] * self.visual_tokens_per_tile
         return ids + [self._ids[IMAGE_CLOSE]]
 
+    def _pattern_of_template_text(self) -> re.Pattern:
+        """Every piece of text that the chat template itself writes, longest first."""
+        chat = self.chat_format
+        openings = [chat.opening(role) for role in ROLES]
+        answers = [chat.opening("assistant") + text for text in (chat.think_open, chat.think_skip) if text]
+        closings = {chat.closing(role) for role in ROLES}
+        pieces = sorted({*openings, *answers, *closings, PLACEHOLDER + "\n", PLACEHOLDER, *self._marks}, key=len, reverse=True)
+        next_turn = "(?=" + "|".join(map(re.escape, {text[: text.index(">") + 1] for text in openings if ">" in text})) + r"|\Z)"
+        # A closing without a token of its own (a line break) is one only where the next turn follows.
+        bare = {text for text in closings if not self._mark_pattern.search(text)}
+        return re.compile("(" + "|".join(re.escape(piece) + (next_turn if piece in bare else "") for piece in pieces) + ")")
+
+    def _encode_format(self, text: str) -> list[int]:
+        """Ids of a text of the chat format itself: its marks become their tokens, the rest is plain."""
+        ids = []
+        for piece in self._mark_pattern.split(text):
+            ids += [self._marks[piece]] if piece in self._marks else self.encode_plain(piece)
+        return ids
+
     def encode_marked(self, text: str, tiles_per_image: list[int]) -> list[int]:
         """Ids of a text that the chat template made: chat marks become their tokens, each `<image>` the next image.
 
         Cut where `render` cuts (behind the role's line, behind the line break of an image), so that both give the same ids; everything
         between is plain text. Raises ValueError when `<image>` and tile counts differ in number.
         """
-        marks = [mark for mark in (self.chat_format.bos, self.chat_format.turn_open, self.chat_format.turn_close, PLACEHOLDER) if mark]
-        pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text)
-        found = pieces.count(PLACEHOLDER)
+        pieces = self._marked_pattern.split(text)
+        found = sum(piece.startswith(PLACEHOLDER) for piece in pieces[1::2])
         if found != len(tiles_per_image):
             raise ValueError(
                 f"found {found} times {PLACEHOLDER} in the text for {len(tiles_per_image)} images; expected one for each image"
             )
         counts, ids = iter(tiles_per_image), []
-        for before, piece in zip(["", *pieces], pieces, strict=False):
-            if piece == PLACEHOLDER:
-                ids += self.image_ids(next(counts))
-            elif piece in marks:
-                ids.append(self._ids[piece])
-            else:
-                if before == self.chat_format.turn_open or (before == PLACEHOLDER and piece.startswith("\n")):
-                    line, line_break, piece = piece.partition("\n")
-                    ids += self.encode_plain(line + line_break)
+        for place, piece in enumerate(pieces):
+            if place % 2 == 0:
                 ids += self.encode_plain(piece)
+            elif piece.startswith(PLACEHOLDER):
+                ids += self.image_ids(next(counts)) + self.encode_plain(piece[len(PLACEHOLDER) :])
+            else:
+                opening = self.chat_format.opening("assistant")
+                cut = len(opening) if piece.startswith(opening) else 0
+                ids += self._encode_format(piece[:cut]) + self._encode_format(piece[cut:])
         return ids
 
-    def render(self, messages: list[dict], tiles_per_image: list[int], *, add_generation_prompt: bool = False) -> Rendered:
+    def render(
+        self, messages: list[dict], tiles_per_image: list[int], *, add_generation_prompt: bool = False, thinking: bool | None = None
+    ) -> Rendered:
         """Messages (see `normalize_messages`) and the number of tiles of each image, in order, -> ids and labels.
 
-        Labels hold the assistant's text and its end-of-turn token. Raises ValueError when images and tile counts differ in number.
+        Labels hold the assistant's text and its end-of-turn token. `thinking` is the switch of a reasoning checkpoint for the answer to
+        come (None: its own habit); answers in `messages` stand behind the mark of a model that did not think, and thoughts of earlier turns
+        are left out. The switch is this argument alone: `/no_think` in a text stays text. Raises ValueError when images and tile
+        counts differ in number, or when thinking is asked of a checkpoint without the switch.
         """
         messages = normalize_messages(messages)
+        chat = self.chat_format
         found = sum(part["type"] == "image" for message in messages for part in message["content"])
         if found != len(tiles_per_image):
             raise ValueError(f"found {found} images in the messages and {len(tiles_per_image)} tile counts; expected as many of each")
-        if self.chat_format.system is not None and messages[0]["role"] != "system":
-            messages = normalize_messages([{"role": "system", "content": self.chat_format.system}]) + messages
+        if chat.system is not None and messages[0]["role"] != "system":
+            messages = normalize_messages([{"role": "system", "content": chat.system}]) + messages
         counts = iter(tiles_per_image)
         rendered = Rendered()
-        if self.chat_format.bos:
-            rendered.add([self._ids[self.chat_format.bos]])
-        opening, closing = [self._ids[self.chat_format.turn_open]], [self.end_of_turn_id]
-        for message in messages:
-            rendered.add(opening + self.encode_plain(message["role"] + "\n"))
-            learnt = message["role"] == "assistant"
+        rendered.add(self._encode_format(chat.bos))
+        for number, message in enumerate(messages):
+            role = message["role"]
+            rendered.add(self._encode_format(chat.opening(role)))
+            learnt = role == "assistant"
+            if learnt:
+                rendered.add(self._encode_format(chat.think_skip))
             for part in message["content"]:
                 if part["type"] == "text":
-                    rendered.add(self.encode_plain(part["text"]), learnt)
+                    text = strip_thinking(part["text"]) if learnt and chat.think_open and number + 1 < len(messages) else part["text"]
+                    rendered.add(self.encode_plain(text), learnt)
                 else:
                     tiles = next(counts)
                     rendered.add(self.image_ids(tiles))
                     rendered.visual_tokens += tiles * self.visual_tokens_per_tile
                     rendered.prefix_tokens = len(rendered.input_ids)
                     rendered.add(self.encode_plain("\n"))
-            rendered.add(closing, learnt)
-            rendered.add(self.encode_plain("\n"))
+            before, end, after = chat.closing(role).partition(chat.turn_close)
+            rendered.add(self._encode_format(before + end), learnt)
+            rendered.add(self._encode_format(after))
         if add_generation_prompt:
-            rendered.add(opening + self.encode_plain("assistant\n"))
+            rendered.add(self._encode_format(chat.opening("assistant")))
+            rendered.add(self._encode_format(chat.answer_opening(thinking)))
         return rendered

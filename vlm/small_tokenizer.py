@@ -5,9 +5,10 @@ and taken off again by the decoder): with few training pictures, "red" as an ans
 Real models bring their own tokenizer; nothing here touches those.
 """
 
+from collections.abc import Sequence
 from itertools import chain
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .rendering import chat_formats, image_tokens
@@ -17,13 +18,15 @@ __all__ = ["train_small_tokenizer"]
 PAD, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
 
 
-def train_small_tokenizer(texts, vocabulary_size: int = 1024) -> PreTrainedTokenizerFast:
-    """An iterable of texts -> tokenizer with the image tokens and the "small" chat format's marks as special tokens.
+def train_small_tokenizer(texts, vocabulary_size: int = 1024, phrases: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """An iterable of texts -> tokenizer with the image tokens and the marks of the chat formats "small" and "chatml" as special tokens.
 
-    Deterministic for the same texts in the same order. Raises ValueError when `vocabulary_size` cannot hold the bytes and special tokens.
+    Each of `phrases` is one token: an instruction that stands under every question would else be most of what is read. Deterministic for
+    the same texts in the same order. Raises ValueError when `vocabulary_size` cannot hold the bytes and special tokens.
     """
     chat = chat_formats()["small"]
-    special = [PAD, END_OF_TEXT, chat.turn_open, chat.turn_close, *image_tokens()]
+    marks = dict.fromkeys([*chat.marks(), *chat_formats()["chatml"].marks()])
+    special = [PAD, END_OF_TEXT, *marks, *image_tokens()]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocabulary_size < len(special) + len(alphabet):
         raise ValueError(f"{vocabulary_size = }; expected at least {len(special) + len(alphabet)} for bytes and special tokens")
@@ -35,6 +38,8 @@ def train_small_tokenizer(texts, vocabulary_size: int = 1024) -> PreTrainedToken
     )
     # The renderer encodes line breaks alone, with the space in front like every text: seen often, the pair becomes one token.
     tokenizer.train_from_iterator(chain(texts, ["\n"] * 1000), trainer)
+    # Not special: they are plain text that is often written.
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -111,7 +111,9 @@ def test_a_forgotten_border_is_seen(pair, monkeypatch, function):
     if function == "chunk_scan":
         monkeypatch.setattr(mixer_module, function, lambda *a, **k: original(*a, **(k | {"seq_idx": None})))
     else:
-        monkeypatch.setattr(mixer_module, function, lambda x, w, b, layout, kept: original(x, w, b, Layout.rows([12], 12), kept))
+        monkeypatch.setattr(
+            mixer_module, function, lambda x, w, b, layout, *rest, **k: original(x, w, b, Layout.rows([12], 12), *rest, **k)
+        )
     wrong = ours(hidden, layout=Layout.packed([5, 7]))
     assert (right - wrong)[:, :5].abs().max() < 1e-5 < 1e-3 < (right - wrong)[:, 5:].abs().max()
 

@@ -1,9 +1,12 @@
 """The chunked scan against the recurrence it stands for: values, gradients, final states, borders, dtypes and errors."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import vlm.decoder.ssd as ssd
 from vlm.decoder.ssd import chunk_scan, recurrent_scan, state_update
 
 TENSORS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
@@ -17,7 +20,7 @@ def random_segments(generator: torch.Generator, batch: int, length: int, kind: s
 
 
 def random_case(seed: int, length: int | None = None) -> tuple[dict, dict, int]:
-    """Tensors (float32), keyword settings and a chunk size, of a random shape."""
+    """Tensors (float32), keyword settings and a chunk size, of a random shape; lengths from 1 to 3,000, short ones more often."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*options):
@@ -28,7 +31,7 @@ def random_case(seed: int, length: int | None = None) -> tuple[dict, dict, int]:
 
     batch, groups = pick(1, 1, 2, 3), pick(1, 2, 4)
     heads, width, state = groups * pick(1, 2, 3), pick(1, 4, 8), pick(1, 5, 16)
-    length = length or pick(1, 2, 3, 17, 63, 64, 65, 100, 128, 129, 255, 300, 511, 700)
+    length = length or round(math.exp(torch.rand((), generator=generator).item() * math.log(3000)))
     softplus = pick(True, True, False)
     tensors = {
         "x": normal(batch, length, heads, width),
@@ -41,7 +44,7 @@ def random_case(seed: int, length: int | None = None) -> tuple[dict, dict, int]:
         tensors["D"] = pick(normal(heads), normal(heads, width))
     if pick(True, False):
         tensors["z"] = normal(batch, length, heads, width)
-    if pick(True, False):
+    if softplus and pick(True, False):
         tensors["dt_bias"] = normal(heads) - 2.0
     if pick(True, False):
         tensors["initial_states"] = normal(batch, heads, width, state)
@@ -49,7 +52,7 @@ def random_case(seed: int, length: int | None = None) -> tuple[dict, dict, int]:
     segments = pick(None, "some", "many", "all")
     if segments:
         settings["seq_idx"] = random_segments(generator, batch, length, segments)
-    return tensors, settings, pick(1, 7, 16, 64, 128, 1000)
+    return tensors, settings, pick(1, 7, 16, 32, 64, 128, 1000)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor, least: float = 1e-6) -> float:
@@ -57,33 +60,69 @@ def relative(found: torch.Tensor, expected: torch.Tensor, least: float = 1e-6) -
     return ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=least)).item()
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_chunked_scan_equals_the_recurrence(seed):
-    """A chunk border, a segment border inside a chunk, a rest that does not divide, groups read in the wrong order: all show here."""
-    tensors, settings, chunk_size = random_case(seed)
-    expected, expected_state = recurrent_scan(**tensors, **settings)
-    found, state = chunk_scan(**tensors, **settings, chunk_size=chunk_size, return_final_states=True)
-    assert found.dtype == torch.float32 and state.dtype == torch.float32
-    assert relative(found, expected) < 1e-5
-    assert relative(state, expected_state) < 1e-5
-
-
-@pytest.mark.parametrize("seed", range(100, 116))
-def test_gradients_of_all_inputs_equal_those_of_the_recurrence(seed):
-    """A border that stops the value but lets the gradient through, or a NaN from exp(-inf) behind a mask, shows only here."""
-    tensors, settings, chunk_size = random_case(seed, length=(1, 5, 64, 65, 130, 200)[seed % 6])
-    generator = torch.Generator().manual_seed(seed)
+def compare(tensors: dict, settings: dict, chunk_size: int, weigh) -> dict[str, float]:
+    """Relative error of y, the final state and every gradient. `weigh` makes the weights of the loss from what is weighed."""
     slow = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
     fast = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    expected, expected_state = recurrent_scan(**slow, **settings)
-    found, state = chunk_scan(**fast, **settings, chunk_size=chunk_size, return_final_states=True)
-    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    state_weights = torch.randn(expected_state.shape, generator=generator, dtype=torch.float64)
-    ((expected * weights).sum() + (expected_state * state_weights).sum()).backward()
-    ((found * weights.float()).sum() + (state * state_weights.float()).sum()).backward()
-    for name in tensors:
-        # The gradient of A is a small difference of large sums where decays are strong.
-        assert relative(fast[name].grad, slow[name].grad, least=1e-2) < (5e-4 if name == "A" else 5e-5), name
+    expected = recurrent_scan(**slow, **settings)
+    found = chunk_scan(**fast, **settings, chunk_size=chunk_size, return_final_states=True)
+    assert found[0].dtype == torch.float32 and found[1].dtype == torch.float32
+    weights = [weigh(part.detach()).float() for part in expected]
+    torch.autograd.backward(expected, [weight.double() for weight in weights])
+    torch.autograd.backward(found, weights)
+    errors = {name: relative(a.detach(), b.detach()) for name, a, b in zip(("y", "state"), found, expected, strict=True)}
+    # What is far below the terms it is the sum of (they are of order one) is rounding in any float32 arithmetic.
+    return errors | {f"gradient of {name}": relative(fast[name].grad, slow[name].grad, least=0.1) for name in tensors}
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_chunked_scan_equals_the_recurrence(seed):
+    """A chunk border, a segment border inside a chunk, a rest that does not divide, groups read in the wrong order, a border that stops
+    the value but lets the gradient through, digits lost in differences of long sums: all show here."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    errors = compare(*random_case(seed), weigh=lambda part: torch.randn(part.shape, generator=generator))
+    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0, 16.0, 200.0])
+def test_the_gradient_of_a_keeps_its_digits_under_strong_decay(strength):
+    """Where a step leaves next to nothing of the state, the gradient of A is small beside the terms that touch no decay at all. As a sum of
+    differences with those it came out with four digits or none."""
+    generator = torch.Generator().manual_seed(1)
+    x, B, C = (torch.randn(1, 300, 2, 8, generator=generator) for _ in range(3))
+    dt = torch.rand(1, 300, 2, generator=generator) * 0.1 + 0.05
+    A = -torch.tensor([1.0, 0.7]) * strength
+    slow, fast = A.double().requires_grad_(), A.clone().requires_grad_()
+    y, _ = recurrent_scan(x, dt, slow, B, C)
+    y.backward(y.detach())  # of half the squared output: under random weights it could be small by chance
+    chunk_scan(x, dt, fast, B, C, 64).backward(y.detach().float())
+    assert relative(fast.grad, slow.grad, least=1e-30) < 1e-5
+
+
+def test_nothing_is_kept_that_activation_checkpointing_could_not_drop():
+    """States kept on the Function itself would stay in memory through every checkpointed layer."""
+    tensors, _, _ = random_case(3, length=64)
+    x, dt, A, B, C = (tensors[name].requires_grad_() for name in ("x", "dt", "A", "B", "C"))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        y = chunk_scan(x, dt, A, B, C, 16, dt_softplus=True)
+    states = 5 * x.shape[0] * x.shape[2] * x.shape[3] * B.shape[3]  # before each of four chunks, and after the last
+    assert states in saved
+    scan = y.grad_fn
+    assert not [name for name, value in vars(scan).items() if isinstance(value, (torch.Tensor, list, tuple))]
+
+
+def test_without_gradients_no_states_are_kept(monkeypatch):
+    """Parameters want gradients even while answering; the memory of a backward pass that never comes was most of the scan's."""
+    asked = []
+    forward = ssd.ChunkedScan.apply
+    monkeypatch.setattr(ssd, "ChunkedScan", type("Spy", (), {"apply": lambda *args: asked.append(args[-1]) or forward(*args)}))
+    tensors, _, _ = random_case(3, length=20)
+    tensors = {name: tensors[name].requires_grad_(name == "A") for name in ("x", "dt", "A", "B", "C")}
+    with torch.no_grad():
+        chunk_scan(**tensors, chunk_size=16)
+    chunk_scan(**tensors, chunk_size=16)
+    assert asked == [False, True]
 
 
 def test_float64_inputs_are_computed_in_float64():
@@ -126,7 +165,7 @@ def test_large_time_steps_neither_overflow_nor_lose_what_is_near():
     A = torch.tensor([-16.0, -1.0])
     expected, _ = recurrent_scan(x, dt, A, B, C)
     found = chunk_scan(x, dt, A, B, C, 256)
-    assert relative(found[:, 40:], expected[:, 40:]) < 2e-4
+    assert relative(found[:, 40:], expected[:, 40:]) < 1e-5
     assert torch.isfinite(found).all()
 
 

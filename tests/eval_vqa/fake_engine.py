@@ -1,5 +1,6 @@
 """An engine without a model, for what predicting does around it."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 class FakeRequest:
     messages: list
     max_new_tokens: int
+    score_texts: tuple = ()
 
 
 @dataclass
@@ -18,6 +20,7 @@ class FakeAnswer:
     generated_tokens: int = 1
     seconds: float = 0.01
     error: str | None = None
+    scores: dict | None = None
 
 
 class FakeEngine:
@@ -37,6 +40,8 @@ class FakeEngine:
             question = text["text"].split("\n")[0]
             said = f" {image['image'].getpixel((0, 0))} {question}. "
             answer = FakeAnswer("", error="too long") if question in self.fail else FakeAnswer(said)
+            if request.score_texts:
+                answer.scores = {text: math.log(0.25) for text in request.score_texts}
             on_answer(index, answer)
             answers.append(answer)
         return answers

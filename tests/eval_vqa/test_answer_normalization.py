@@ -70,6 +70,47 @@ def test_all_three_steps(text, expected):
     assert vqav2.normalize_answer(text) == expected
 
 
+@pytest.mark.parametrize(("word", "digit"), zip(
+    ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twenty", "ones"],
+    ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "eleven", "twenty", "ones"], strict=True))  # fmt: skip
+def test_number_words_up_to_ten_and_whole_words_only(word, digit):
+    assert vqav2.normalize_answer(word) == digit
+
+
+@pytest.mark.parametrize("mark", list(PUNCTUATION))
+def test_each_mark_becomes_a_space_alone_and_nothing_beside_a_space_or_with_thousands(mark):
+    assert strip_punctuation(f"a{mark}b") == "a b"
+    assert strip_punctuation(f"a{mark} b") == "a b"
+    assert strip_punctuation(f"a {mark}b{mark}c") == "a bc"
+    assert strip_punctuation(f"a{mark}b 1,0") == "ab 10"
+
+
+@pytest.mark.parametrize("mark", ["'", ":", "$", "%", "&", "*", "#", "~", "^", "|", "\u2019", "\u201c", "\u2013", "\u2026", "\u00d7"])
+def test_marks_that_are_not_in_the_list_stay(mark):
+    assert strip_punctuation(f"a{mark} b{mark}c") == f"a{mark} b{mark}c"
+
+
+def test_only_the_plain_space_counts_as_a_neighbour():
+    assert strip_punctuation("a-\u00a0b") == "a \u00a0b"
+    assert strip_punctuation("a-\rb") == "a \rb"
+
+
+def test_the_decision_looks_at_the_text_as_it_came_in():
+    """ "; " is deleted first, but whether "-" touches a space is judged before that."""
+    assert strip_punctuation("a;-b") == "a  b"
+    assert strip_punctuation("a; -b") == "a b"
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t ", "the", "a an the", "...", "?"])
+def test_what_is_nothing_but_noise_becomes_the_empty_answer(text):
+    assert vqav2.normalize_answer(text) == ""
+
+
+def test_lower_case_is_todays_python():
+    assert vqav2.normalize_answer("\u0130") == "i\u0307"
+    assert vqav2.normalize_answer("\u03a3\u03a3") == "\u03c3\u03c2"
+
+
 def test_articles_go_before_contractions_are_looked_up():
     assert digits_and_articles("the dont an", {"dont": "the"}) == "the"
 

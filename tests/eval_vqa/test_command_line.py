@@ -82,6 +82,30 @@ def test_scoring_imports_no_torch(data, task):
     assert start("-c", code).returncode == 0
 
 
+BLOCKED = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "numpy", "PIL", "vlm", "tqdm"):
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Refuse())
+from eval_vqa.command_line import main
+"""
+
+
+@pytest.mark.parametrize("task", ["vqav2", "gqa", "vizwiz"])
+def test_scoring_and_baselines_work_where_torch_cannot_be_imported(data, task):
+    """Not only is torch not imported: on a machine without it, numpy and Pillow everything that scores still runs."""
+    write_json(data / "results.json", answers(task))
+    score = ["score", "--predictions", str(data / "results.json"), "--data", str(data / task)]
+    train = data / "vqav2/v2_mscoco_val2014_annotations.json"
+    baseline = ["baseline", "--train", str(train), "--data", str(data / task)]
+    done = start("-c", BLOCKED + f"sys.exit(main({task!r}, {score!r}) or main({task!r}, {baseline!r}))")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_record_says_what_was_measured(data):
     write_json(data / "results.json", answers("vqav2"))
     args = ["score", "--predictions", str(data / "results.json"), "--data", str(data / "vqav2"), "--out", str(data / "s.json")]
@@ -133,7 +157,7 @@ def test_run_predicts_and_scores(data, task, capsys):
 def test_limit_scores_what_was_asked_and_says_so(data, capsys):
     assert run("vqav2", data, "--limit", "2") == 0
     assert json.loads((data / "out/scores.json").read_text())["counts"] == {
-        "scored": 2, "empty_answers": 0, "problems": 0, "subset_only": True,
+        "scored": 2, "empty_answers": 0, "problems": 0, "missing": 0, "unknown": 0, "subset_only": True,
     }  # fmt: skip
     assert "not an official score" in capsys.readouterr().out
 
@@ -182,6 +206,74 @@ def test_answerability_is_scored_from_its_own_file(data, capsys):
     args = ["score", "--predictions", str(data / "r.json"), "--data", str(data / "vizwiz"), "--answerability", str(data / "a.json")]
     assert main("vizwiz", args) == 0
     assert "average_precision" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["gqa", "vizwiz"])
+def test_an_unknown_id_is_listed_and_gives_exit_code_1(data, task, capsys):
+    """Officially it is ignored; silently it would hide that the wrong file is being scored."""
+    stranger = {"questionId": "99", "prediction": "red"} if task == "gqa" else {"image": "99.jpg", "answer": "red"}
+    write_json(data / "r.json", [*answers(task), stranger])
+    assert main(task, ["score", "--predictions", str(data / "r.json"), "--data", str(data / task)]) == 1
+    assert "not in this split, 1: '99" in capsys.readouterr().err
+    record = json.loads((data / "scores.json").read_text())
+    assert (len(record["unknown_ids"]), record["counts"]["unknown"], record["counts"]["scored"]) == (1, 1, 3)
+
+
+@pytest.mark.parametrize("task", ["vqav2", "gqa", "vizwiz"])
+@pytest.mark.parametrize(("on_missing", "code", "accuracy", "scored"), [("fail", 2, None, None), ("skip", 1, 100.0, 2),
+                                                                        ("blank", 1, 66.67, 3)])  # fmt: skip
+def test_a_question_without_answer_is_an_error_left_out_or_wrong(data, task, on_missing, code, accuracy, scored):
+    write_json(data / "r.json", answers(task, 2))
+    args = ["score", "--predictions", str(data / "r.json"), "--data", str(data / task), "--on-missing", on_missing]
+    assert main(task, args) == code
+    if accuracy is not None:
+        record = json.loads((data / "scores.json").read_text())
+        assert (round(record["scores"]["accuracy"], 2), record["counts"]["scored"]) == (accuracy, scored)
+        assert record["missing_ids"] == {"vqav2": [3], "gqa": ["3"], "vizwiz": ["3.jpg"]}[task]
+        assert record["counts"]["subset_only"] == (on_missing == "skip")
+
+
+def test_vqav2_drops_unknown_ids_only_when_told_to(data, capsys):
+    write_json(data / "r.json", [*answers("vqav2"), {"question_id": 9, "answer": "x"}])
+    args = ["score", "--predictions", str(data / "r.json"), "--data", str(data / "vqav2")]
+    assert main("vqav2", args) == 2
+    assert "not annotated 1: 9" in capsys.readouterr().err
+    assert main("vqav2", [*args, "--on-missing", "blank"]) == 1
+    assert json.loads((data / "scores.json").read_text())["unknown_ids"] == [9]
+
+
+def test_vizwiz_scores_answerability_from_its_own_predictions(data):
+    assert run("vizwiz", data) == 0
+    scores = json.loads((data / "out/scores.json").read_text())["scores"]
+    assert scores["answerability"] == {"average_precision": 0.0, "f1_score": 0.0}  # all can be answered; 0.5 counts as answerable
+
+
+def test_a_result_carries_what_is_needed_to_repeat_it(data):
+    run("vqav2", data)
+    record = json.loads((data / "out/scores.json").read_text())
+    known = record["run"]
+    for key in ("prompt_sha256", "model_fingerprint", "questions_sha256", "images_sha256"):
+        assert len(known[key]) == 64
+    assert len(known["preprocessing"]["sha256"]) == len(record["normaliser"]["sha256"]) == 64
+    assert known["decoding"] == {"temperature": 0.0, "seed": None}
+    assert known["stop_rule"]["max_new_tokens"] == 16
+    assert known["versions"]["python"] and known["split"] == "val2014"
+    assert record["data"]["annotations"]["sha256"] != record["data"]["questions"]["sha256"]
+
+
+def test_ranks_are_processes_and_a_failure_of_one_is_the_runs(data):
+    """Through real processes, as far as the model folder, which is none: a line from each rank that got there, exit code 2."""
+    (data / "model/config.json").unlink()
+    args = ["predict", "--model", data / "model", "--data", data / "vizwiz", "--out", data / "o"]
+    done = start("eval_vqa/vizwiz.py", *args, "--ranks", "2")
+    assert done.returncode == 2
+    assert set(done.stderr.splitlines()) == {line for line in done.stderr.splitlines() if "is no checkpoint" in line} != set()
+    assert main("vizwiz", [*map(str, args), "--ranks", "0"]) == 2
+    assert main("vizwiz", [*map(str, args), "--ranks=-1"]) == 2
+
+
+def test_deepspeeds_launcher_may_add_its_argument(data):
+    assert run("gqa", data, "--local_rank", "0") == 0
 
 
 def corrupt(path, text):

@@ -135,6 +135,36 @@ Accuracy / words number:
   11: 100.00% (1 questions)"""
 
 
+def test_the_report_has_a_line_for_everything_that_was_asked_for():
+    scores = {"binary": 1.0, "open": 2.0, "accuracy": 3.0, "consistency": 4.0, "validity": 5.0, "plausibility": 6.0, "grounding": 130.456,
+              "distribution": 1.875, **{name: {} for name in gqa.BLOCKS}}  # fmt: skip
+    assert gqa.report(scores).split("\n\n")[0] == (
+        "Binary: 1.00%\nOpen: 2.00%\nAccuracy: 3.00%\nConsistency: 4.00%\nValidity: 5.00%\nPlausibility: 6.00%\nGrounding: 130.46%\n"
+        "Distribution: 1.88 (lower is better)"
+    )
+
+
+def test_equivalent_questions_are_not_used():
+    questions = {"a": {**question(), "equivalent": ["b"]}, "b": question("no", balanced=False)}
+    assert gqa.evaluate(questions, predict(a="red", b="yes"), consistency=True)["consistency"] == 0.0
+
+
+def test_a_missing_prediction_of_an_unbalanced_question_does_no_harm_without_consistency():
+    assert gqa.evaluate({"a": question(), "b": question(balanced=False)}, predict(a="red"))["accuracy"] == 100.0
+
+
+def test_ids_are_strings():
+    with pytest.raises(ValueError, match="missing predictions 1: '1'"):
+        gqa.evaluate({"1": question()}, [{"questionId": 1, "prediction": "red"}])
+
+
+def test_choices_are_needed_for_balanced_questions_only():
+    questions = {"a": question(), "b": question(balanced=False)}
+    choices = {"a": {"valid": ["red"], "plausible": []}}
+    scores = gqa.evaluate(questions, predict(a="red", b="red"), choices=choices)
+    assert (scores["validity"], scores["plausibility"]) == (100.0, 0.0)
+
+
 def reported():
     questions = {
         "a": question("yes", structural="verify", entailed=["b", "c"]), "b": question("red"),

@@ -1,11 +1,14 @@
 """Finding the official layouts, reading their questions, and saying what is wrong with a folder."""
 
 import json
+import zipfile
 
 import pytest
 
+from eval_vqa.archives import is_file, read_bytes
 from eval_vqa.json_files import file_sha256, read_json, write_json
-from eval_vqa.official_files import locate_gqa, locate_vizwiz, locate_vqav2, read_questions
+from eval_vqa.official_files import locate_gqa, locate_vizwiz, locate_vqav2
+from eval_vqa.tasks import read_questions
 
 
 def touch(folder, *names):
@@ -101,3 +104,69 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
         write_json(tmp_path / "x.json", [object()])
     assert json.loads((tmp_path / "x.json").read_text()) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def pack(archive, **files):
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content if isinstance(content, bytes) else json.dumps(content))
+
+
+def test_vqav2_is_read_from_its_downloads(tmp_path):
+    questions = {"data_subtype": "val2014", "questions": [{"question_id": 1, "image_id": 42, "question": "what?"}]}
+    pack(tmp_path / "v2_Questions_Val_mscoco.zip", **{"v2_OpenEnded_mscoco_val2014_questions.json": questions})
+    pack(tmp_path / "v2_Annotations_Val_mscoco.zip", **{"v2_mscoco_val2014_annotations.json": {"annotations": []}})
+    pack(tmp_path / "val2014.zip", **{"val2014/COCO_val2014_000000000042.jpg": b"picture"})
+    found = locate_vqav2(tmp_path, None)
+    assert read_json(found.annotations) == {"annotations": []}
+    (row,) = read_questions("vqav2", found)
+    assert is_file(row.image)
+    assert read_bytes(row.image) == b"picture"
+    (tmp_path / "unpacked.json").write_bytes(read_bytes(found.questions))
+    assert file_sha256(found.questions) == file_sha256(tmp_path / "unpacked.json")  # the same hash, packed or not
+
+
+def test_vqav2_in_the_usual_subfolders(tmp_path):
+    touch(tmp_path, "questions/v2_OpenEnded_mscoco_val2014_questions.json", "annotations/v2_mscoco_val2014_annotations.json",
+          "images/val2014/x.jpg")  # fmt: skip
+    found = locate_vqav2(tmp_path, None)
+    assert (found.annotations.parent.name, found.images) == ("annotations", tmp_path / "images" / "val2014")
+
+
+def test_gqa_is_read_from_its_downloads(tmp_path):
+    row = {"question": "q", "imageId": "7"}
+    pack(tmp_path / "questions1.2.zip", **{
+        "testdev_balanced_questions.json": {"5": row}, "train_all_questions/train_all_questions_0.json": {"0": row},
+        "train_all_questions/train_all_questions_10.json": {"10": row}, "train_all_questions/train_all_questions_9.json": {"9": row},
+        "val_balanced_questions.json": {"1": row},
+    })  # fmt: skip
+    pack(tmp_path / "eval.zip", **{"val_choices.json": {}})
+    pack(tmp_path / "sceneGraphs.zip", **{"val_sceneGraphs.json": {}})
+    pack(tmp_path / "images.zip", **{"images/7.jpg": b"picture"})
+    (question,) = read_questions("gqa", locate_gqa(tmp_path, None))
+    assert (question.id, read_bytes(question.image)) == ("5", b"picture")
+    train = locate_gqa(tmp_path, "train_all")
+    assert [row.id for row in read_questions("gqa", train)] == ["0", "9", "10"]
+    assert len(file_sha256(train.questions)) == 64
+    val = locate_gqa(tmp_path, "val")
+    assert (val.choices.name, val.scene_graphs.name) == ("val_choices.json", "val_sceneGraphs.json")
+
+
+def test_vizwiz_is_read_from_its_downloads(tmp_path):
+    rows = [{"image": "VizWiz_val_00000000.jpg", "question": "what?"}]
+    pack(
+        tmp_path / "Annotations.zip", **{"Annotations/val.json": rows, "Annotations/test.json": rows, "__MACOSX/Annotations/val.json": b"x"}
+    )
+    pack(tmp_path / "val.zip", **{"val/VizWiz_val_00000000.jpg": b"picture"})
+    (row,) = read_questions("vizwiz", locate_vizwiz(tmp_path, None))
+    assert read_bytes(row.image) == b"picture"
+    pack(tmp_path / "test.zip", **{"VizWiz_val_00000000.jpg": b"at the root"})
+    test = locate_vizwiz(tmp_path, "test")
+    assert (test.annotations, read_bytes(read_questions("vizwiz", test)[0].image)) == (None, b"at the root")
+
+
+def test_splits_whose_answers_are_not_public_have_no_annotations(tmp_path):
+    touch(tmp_path, "submission_all_questions.json", "test_all_questions.json")
+    assert locate_gqa(tmp_path, "submission").annotations is None
+    assert locate_gqa(tmp_path, "test_all").annotations is None

@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine, FakeRequest
 from PIL import Image
 
+from eval_vqa.image_files import load_image
 from eval_vqa.official_files import Question
-from eval_vqa.predicting import PredictSettings, load_image, predict
+from eval_vqa.predicting import PredictSettings, predict
 
 
 def make_questions(folder, count=7, images=3):
@@ -22,9 +24,9 @@ def make_questions(folder, count=7, images=3):
     return [Question(key, f"Q{key}", folder / f"{key % images}.png") for key in range(count)]
 
 
-def run(questions, out, engine=None, **settings):
+def run(questions, out, engine=None, task="vqav2", **settings):
     engine = engine or FakeEngine()
-    return engine, predict("vqav2", questions, engine, out, PredictSettings(**settings), make_request=FakeRequest)
+    return engine, predict(task, questions, engine, out, PredictSettings(**settings), make_request=FakeRequest)
 
 
 def lines(out):
@@ -50,7 +52,8 @@ def test_a_line_is_an_official_result_with_its_circumstances(tmp_path):
     run(make_questions(tmp_path, 1), tmp_path / "out")
     assert lines(tmp_path / "out") == [{
         "question_id": 0, "answer": "(0, 0, 0) q0", "text": " (0, 0, 0) Q0. ", "stop_reason": "end_of_turn", "prompt_tokens": 5,
-        "visual_tokens": 4, "generated_tokens": 1, "seconds": 0.01,
+        "visual_tokens": 4, "generated_tokens": 1, "seconds": 0.01, "image_file": "0.png",
+        "image_sha256": sha256((tmp_path / "0.png").read_bytes()).hexdigest(),
     }]  # fmt: skip
 
 
@@ -206,6 +209,67 @@ def test_a_text_file_is_no_image(tmp_path):
     (tmp_path / "x.jpg").write_text("hello")
     with pytest.raises(ValueError, match="x.jpg cannot be read"):
         load_image(tmp_path / "x.jpg")
+
+
+class Tiler:
+    """The two things predicting reads of a processor."""
+
+    visual_tokens_per_tile = 2
+
+    class image_processor:
+        @staticmethod
+        def count_tiles(width, height):
+            return 2 if width == 4 else 5
+
+
+def test_a_line_says_how_many_tiles_were_used_and_the_run_counts_them(tmp_path):
+    engine = FakeEngine()
+    engine.processor = Tiler()
+    run(make_questions(tmp_path, 3, images=2), tmp_path / "out", engine)
+    found = {row["question_id"]: (row["tiles"], row.get("tiles_wanted")) for row in lines(tmp_path / "out")}
+    assert found == {0: (2, None), 1: (2, 5), 2: (2, None)}  # 4 visual tokens are 2 tiles; the image of 1 wanted 5
+    counts = json.loads((tmp_path / "out" / "run.json").read_text())["counts"]
+    assert (counts["tiles"], counts["tiles_reduced"], counts["images"]) == ({"2": 3}, 1, 2)
+
+
+def test_vizwiz_hands_in_the_probability_that_a_question_can_be_answered(tmp_path):
+    """Two spellings of 0.25 each: 0.5 that it cannot be."""
+    run(make_questions(tmp_path, 2), tmp_path / "out", task="vizwiz")
+    assert json.loads((tmp_path / "out" / "answerability.json").read_text()) == [
+        {"image": 0, "answerable": pytest.approx(0.5)}, {"image": 1, "answerable": pytest.approx(0.5)},
+    ]  # fmt: skip
+    assert not (tmp_path / "other").exists()
+    run(make_questions(tmp_path, 2), tmp_path / "other")
+    assert not (tmp_path / "other" / "answerability.json").exists()
+
+
+@pytest.mark.parametrize(("task", "keys"), [("vqav2", ["question_id", "answer"]), ("gqa", ["questionId", "prediction"]),
+                                            ("vizwiz", ["image", "answer"])])  # fmt: skip
+def test_a_submission_has_the_keys_of_its_server_and_no_others(tmp_path, task, keys):
+    run(make_questions(tmp_path), tmp_path / "out", task=task)
+    assert all(list(row) == keys for row in json.loads((tmp_path / "out" / "submission.json").read_text()))
+
+
+def test_the_engine_is_made_only_when_there_is_something_to_ask(tmp_path):
+    questions, out, made = make_questions(tmp_path), tmp_path / "out", []
+
+    def make():
+        made.append(FakeEngine())
+        return made[-1]
+
+    for _ in range(2):
+        predict("vqav2", questions, make, out, make_request=FakeRequest)
+    assert len(made) == 1
+
+
+def test_a_pictures_hash_changes_the_hash_of_all(tmp_path):
+    questions = make_questions(tmp_path)
+    hashes = []
+    for name in ("a", "b"):
+        run(questions, tmp_path / name)
+        hashes.append(json.loads((tmp_path / name / "run.json").read_text())["images_sha256"])
+        Image.new("RGB", (4, 3), (9, 9, 9)).save(tmp_path / "0.png")
+    assert hashes[0] != hashes[1]
 
 
 SLOW = """

@@ -97,6 +97,21 @@ def test_unanswerable_is_the_positive_class():
     assert answerability([0, 1], [0.9, 0.1]) == {"average_precision": 50.0, "f1_score": 0.0}
 
 
+def test_confidences_closer_than_a_double_can_tell_from_one_are_ties():
+    assert answerability([0, 1, 1, 1], [1e-17, 0.0, 1e-18, 1e-17])["average_precision"] == 25.0
+
+
+def test_extra_images_in_the_results_are_ignored():
+    rows = [annotation("a", [], answerable=0)]
+    results = [{"image": "a", "answerable": 0.1}, {"image": "z", "answerable": 0.9}]
+    assert vizwiz.evaluate_answerability(rows, results) == {"average_precision": 100.0, "f1_score": 100.0}
+
+
+def test_a_missing_label_is_named():
+    with pytest.raises(ValueError, match="annotation of image 'a' has no 'answerable'"):
+        vizwiz.evaluate_answerability([{"image": "a"}], [{"image": "a", "answerable": 1.0}])
+
+
 def test_a_confidence_of_one_half_counts_as_answerable():
     assert answerability([0, 0], [0.5, 0.4])["f1_score"] == 66.67
 

@@ -60,6 +60,60 @@ def test_2017_always_normalises_the_prediction_and_never_the_case_of_answers():
     assert score(["t-shirt"] * 10, "t-shirt", version="2017") == 0.0
 
 
+def test_2017_normalises_digits_and_articles_of_the_prediction_only():
+    assert score(["two"] * 9 + ["3"], "two", version="2017") == 0.0
+    assert score(["two"] * 9 + ["3"], "two") == 100.0
+    assert score(["the cat"] * 9 + ["dog"], "the cat", version="2017") == 0.0
+    assert score(["2"] * 10, "Two", version="2017") == 100.0
+    assert score(["2"] * 10, "Two") == 0.0
+
+
+def test_2017_does_not_clean_the_answers():
+    assert score(["yes\n"] * 9 + ["no"], "yes", version="2017") == 0.0
+    assert score(["yes\n"] * 9 + ["no"], "yes") == 100.0
+    assert score(["cat"] * 9 + ["cat "], "cat", version="2017") == 100.0  # nine others say "cat", one "cat "
+
+
+def test_more_than_32_periods_and_thousands_in_both_sides():
+    dotted = "a" + "." * 40
+    assert score([dotted] * 9 + ["b"], dotted) == 100.0
+    assert score(["a" + "." * 8] * 9 + ["b"], dotted) == 0.0  # of forty periods eight stay, of eight none
+    assert score(["1,000-2,000"] * 9 + ["b"], "10002000") == 100.0
+
+
+def test_curly_apostrophes_are_no_apostrophes():
+    assert score(["don\u2019t"] * 9 + ["no"], "don't") == 0.0
+    assert score(["dont"] * 9 + ["no"], "don't") == 100.0
+
+
+def test_halves_round_to_even_as_in_todays_python():
+    """1/32 is 3.125 %: the Python 2 program wrote 3.13."""
+    rows = {"annotations": [annotation(key, ["cat"] * 10) for key in range(32)]}
+    results = [{"question_id": key, "answer": "cat" if key == 0 else "dog"} for key in range(32)]
+    assert vqav2.evaluate(question_file(range(32)), rows, results)["accuracy"] == 3.12
+
+
+def test_ids_compare_by_equality():
+    """1.0 == 1 and has its hash, so JSON that writes ids as floats is fine; "1" is another id."""
+    rows = {"annotations": [annotation(1, ["cat"] * 10)]}
+    assert vqav2.evaluate(question_file([1]), rows, [{"question_id": 1.0, "answer": "cat"}])["evalQA"] == {1: 100.0}
+
+
+@pytest.mark.parametrize("key", ["info", "task_type", "data_type", "data_subtype", "license", "questions"])
+def test_the_loader_reads_every_head_of_the_question_file(key):
+    questions, annotations, results = base()
+    del questions[key]
+    with pytest.raises(ValueError, match=f"no '{key}'"):
+        vqav2.evaluate(questions, annotations, results)
+
+
+def test_repeats_in_the_subset_count_again_and_keep_one_line():
+    rows = {"annotations": [annotation(1, ["cat"] * 10), annotation(2, ["dog"] * 10)]}
+    results = [{"question_id": key, "answer": "cat"} for key in (1, 2)]
+    scores = vqav2.evaluate(question_file([1, 2]), rows, results, question_ids=[1, 1, 2])
+    assert (scores["accuracy"], scores["evalQA"]) == (66.67, {1: 100.0, 2: 0.0})
+
+
 def test_equal_entries_leave_together():
     assert score(["cat"] * 10, "cat", with_ids=False) == 0.0
     assert score(["Cat"] * 5 + ["cat"] * 5, "cat", with_ids=False) == 0.0  # equal after normalisation is equal

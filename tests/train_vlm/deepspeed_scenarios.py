@@ -16,8 +16,10 @@ from PIL import Image
 
 from train_vlm.batching import MicroBatchPositions, pack
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups
+from train_vlm.ranks import start_deepspeed, sum_over_ranks
 from train_vlm.recipe import Data, Parts, Recipe, Run, Source
-from train_vlm.trainer import _full_state_dict, _start_deepspeed, train, train_step
+from train_vlm.trainer import full_state_dict, train
+from train_vlm.training_step import train_step
 from vlm.checkpoint import load_model
 
 STEPS, BATCH = 3, 8
@@ -52,7 +54,7 @@ class Bench:
         self.samples = make_samples(self.processor)
         self.base = Recipe(stage="sft", model=model_folder, out="", data=Data(sources=(Source("x"),), batch_samples=BATCH), parts=ALL,
                            run=Run(steps=STEPS, threads_per_rank=1))  # fmt: skip
-        self.deepspeed, self.rank, self.world_size, self.device = _start_deepspeed(self.base)
+        self.deepspeed, self.rank, self.world_size, self.device = start_deepspeed(self.base)
 
     def pack(self, samples):
         return pack(samples, self.processor.renderer.end_of_turn_id, self.processor.image_processor.tile_size)
@@ -94,14 +96,16 @@ class Bench:
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer = make_optimizer(parameter_groups(model, parts, recipe.optimizer), recipe.optimizer)
         engine, _, _, _ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=recipe.deepspeed_config(self.world_size))
-        places, losses, tokens = iter(MicroBatchPositions(BATCH, micro_batches, self.rank, self.world_size)), [], []
+        places, losses, tokens, norms = iter(MicroBatchPositions(BATCH, micro_batches, self.rank, self.world_size)), [], [], []
         for _ in range(STEPS):
             batches = [self.pack([(samples or self.samples)[place] for place in next(places)]) for _ in range(micro_batches)]
-            loss, counted = train_step(engine, batches, self.processor, self.world_size, self.device)
-            losses.append(loss)
+            counted = int(sum_over_ranks(torch.tensor(sum(batch["supervised_tokens"] for batch in batches)), self.device))
+            done = train_step(engine, batches, counted, self.processor, clip=recipe.optimizer.clip)
+            losses.append(done.loss)
+            norms.append(done.gradient_norm)
             tokens.append(counted)
-        weights = _full_state_dict(engine, recipe.run.zero_stage)
-        result = {"losses": losses, "tokens": tokens}
+        weights = full_state_dict(engine, recipe.run.zero_stage)
+        result = {"losses": losses, "tokens": tokens, "norms": norms}
         if self.rank == 0:
             weights = {name: tensor.clone() for name, tensor in weights.items()}
             result["names"] = sorted(weights) == sorted(start)

@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from train_vlm.scenes import KINDS, caption, draw, make_scene, questions
-from train_vlm.scenes.balance import GQA_SHARES, SHARES, VIZWIZ_SHARES, Balance
+from train_vlm.scenes.balance import GQA_SHARES, SHARES, TRAIN_SHARES, VIZWIZ_SHARES, Balance
 from train_vlm.scenes.drawing import INK_RGB, RGB
 from train_vlm.scenes.forms import UNANSWERABLE, WORDINGS
 from train_vlm.scenes.scene import COLORS, NUMBERS, SHAPES, SIZES, WORDS
@@ -22,10 +22,10 @@ def scenes():
     return [make_scene(seed) for seed in SEEDS]
 
 
-@pytest.fixture(scope="module", params=["usual", "gqa", "vizwiz"])
+@pytest.fixture(scope="module", params=["usual", "train", "gqa", "vizwiz"])
 def asked(request, scenes):
     """(shares, [(scene, question)]) of 600 pictures."""
-    shares, count = {"usual": (SHARES, 8), "gqa": (GQA_SHARES, 5), "vizwiz": (VIZWIZ_SHARES, 2)}[request.param]
+    shares, count = {"usual": (SHARES, 8), "train": (TRAIN_SHARES, 8), "gqa": (GQA_SHARES, 5), "vizwiz": (VIZWIZ_SHARES, 2)}[request.param]
     balance = Balance(shares)
     return shares, [(scene, question) for scene in scenes for question in questions(scene, random.Random(scene.seed), count, balance)]
 

@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 from train_vlm.launching import run_program
+from train_vlm.progress import learning_rate_share
 from train_vlm.shards import convert
-from train_vlm.trainer import learning_rate_share
 from vlm.assemble import assemble
 from vlm.checkpoint import load_model, save_model
 

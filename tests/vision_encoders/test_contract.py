@@ -24,6 +24,30 @@ TINY = {
     "attention pool": ("timm:vit_base_patch16_siglip_224", {"image_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}, 2, 24),
     "rotary": ("timm:eva02_tiny_patch14_224", {"image_size": 28, "depth": 2, "embed_dim": 24, "num_heads": 2}, 2, 24),
     "convolutional": ("timm:resnet10t", {"image_size": 64, "output_stride": 8}, 8, 512),
+    "transformers clip": (
+        "transformers:clip",
+        {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48},
+        4,
+        32,
+    ),
+    "transformers siglip": (
+        "transformers:siglip",
+        {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+        4,
+        32,
+    ),
+    "transformers dinov2": (
+        "transformers:dinov2_with_registers",
+        {"image_size": 56, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        4,
+        32,
+    ),
+    "transformers radio": (
+        "transformers:radio",
+        {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_img_size": 128},
+        4,
+        32,
+    ),
     "channels last": (
         "timm:swin_tiny_patch4_window7_224",
         {"image_size": 32, "window_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]},
@@ -125,7 +149,7 @@ def test_mean_and_std_are_settings():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("intern_vit", {}, "valid names: internvit, open_clip:MODEL, timm:MODEL; did you mean 'internvit'"),
+        ("intern_vit", {}, "valid names: internvit, open_clip:MODEL, timm:MODEL, transformers:MODEL; did you mean 'internvit'"),
         ("openclip:ViT-B-32", {}, "did you mean 'open_clip:MODEL'"),
         ("timm", {}, "did you mean 'timm:MODEL'"),
         ("timm:", {}, "unknown vision encoder 'timm:'"),
@@ -138,6 +162,9 @@ def test_mean_and_std_are_settings():
         ("timm:resnet10t", {"output_strid": 8}, "does not take these settings"),
         ("timm:vit_tiny_patch16_224", {"image_size": 32, "dept": 8}, "does not take these settings"),
         ("timm:resnet10t", {"image_size": 176}, "which does not divide"),
+        ("transformers:clipp", {}, "no encoder 'transformers:clipp'; the types are clip, siglip, .*; did you mean 'clip'"),
+        ("transformers:siglip2", {}, "its naflex checkpoints take no pictures"),
+        ("transformers:clip", {"hiden_size": 8}, "did you mean 'hidden_size'"),
         ("internvit", {"image_size": 60, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 4}, "no multiple of patch_size"),
         ("internvit", {"image_size": [32, 64], "patch_size": 8}, "tiles are square"),
     ],

@@ -119,6 +119,25 @@ def test_computed_tables_of_a_tower_come_back(tmp_path):
         assert torch.equal(loaded.encode_tiles(pixels), model.encode_tiles(pixels))
 
 
+TOWER = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov2_with_registers", "radio"])
+def test_towers_of_transformers_travel_in_the_folder(tmp_path, kind):
+    """transformers renames weights of some of these models on saving; nested in ours, each way of loading must find them."""
+    model, processor = assemble("tiny", vision_encoder=f"transformers:{kind}", vision_settings=TOWER, seed=3)
+    folder = save_model(model, processor, tmp_path / "model")
+    loaded, _ = load_model(folder)
+    again = AutoModelForImageTextToText.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "by transformers")
+    third = AutoModelForImageTextToText.from_pretrained(tmp_path / "by transformers")
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.encode_tiles(pixels)
+        for other in (loaded, again.eval(), third.eval()):
+            assert torch.equal(other.encode_tiles(pixels), expected)
+
+
 def test_shards_are_read_too(changed, tmp_path):
     folder = save_model(*changed, tmp_path / "sharded", max_shard_size="2MB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
@@ -126,10 +145,27 @@ def test_shards_are_read_too(changed, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), changed[0].state_dict().values(), strict=True))
 
 
-def test_half_precision_is_kept(changed, tmp_path):
+SCAN_PARAMETERS = ("A_log", "D", "dt_bias")
+
+
+def test_half_precision_is_kept_and_the_scan_stays_wide(changed, tmp_path):
+    """from_pretrained would narrow A_log, D and dt_bias with the rest; A_log rounded to bfloat16 is another decay."""
     model, processor = load_model(save_model(*changed, tmp_path / "wide"), dtype=torch.bfloat16)
     narrow, _ = load_model(save_model(model, processor, tmp_path / "narrow"))
-    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+    for name, parameter in narrow.named_parameters():
+        wide = name.endswith(SCAN_PARAMETERS)
+        assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+        if wide:
+            assert torch.equal(parameter, changed[0].get_parameter(name)), name
+    with safe_open(tmp_path / "narrow" / "model.safetensors", "pt") as file:
+        assert file.get_slice("language_model.backbone.embeddings.weight").get_dtype() == "BF16"
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_saving_and_loading_is_quiet(changed, tmp_path, capfd):
+    """transformers draws a progress bar for every load and save, of two million parameters too."""
+    load_model(save_model(*changed, tmp_path / "model"))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_older_folder_is_replaced_whole(changed, tmp_path):

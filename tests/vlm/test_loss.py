@@ -17,10 +17,28 @@ def example(length=50, batch=2, share=0.3, seed=0):
     return hidden, labels, head
 
 
+class Wrapped(nn.Module):
+    """A head that is no plain linear layer, as adapters or FP8 make it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self):
+        return self.inner.weight
+
+    def forward(self, hidden):
+        return self.inner(hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 1000])
-def test_it_equals_cross_entropy_of_all_logits(chunk_tokens):
-    """Loss, and gradients of hidden states and head, in chunks and at once."""
+def test_it_equals_cross_entropy_of_all_logits(chunk_tokens, wrapped, dtype):
+    """Loss, and gradients of hidden states and head, in chunks and at once, by the short way and through a wrapper."""
     hidden, labels, head = example()
+    hidden, head = hidden.to(dtype), Wrapped(head.to(dtype)) if wrapped else head.to(dtype)
     a, b = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     full = F.cross_entropy(head(a).float()[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
     expected = torch.autograd.grad(full, [a, head.weight])
@@ -68,3 +86,109 @@ def test_half_precision_logits_are_summed_in_float32():
     hidden, labels, head = example()
     losses, _ = supervised_loss(hidden.bfloat16(), head.bfloat16(), labels)
     assert losses.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("vocabulary", "at_once"), [(30, None), (131072, 256)])
+def test_no_more_logits_than_were_set_aside_for_exist_at_once(vocabulary, at_once):
+    """A caption of a thousand tokens in a large vocabulary would else be half a gigabyte, three times over."""
+    hidden, labels = torch.randn(1, 301, 2, requires_grad=True), torch.randint(0, 30, (1, 301))
+    head, rows = nn.Linear(2, vocabulary, bias=False), []
+    head.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    losses, _ = supervised_loss(hidden, head, labels)
+    losses.sum().backward()
+    assert len(losses) == 300
+    assert rows == ([300] if at_once is None else [256, 44, 44, 256])  # made again in the backward pass, last chunk first
+
+
+def test_unsupervised_positions_never_reach_the_head():
+    hidden, labels, head = example(share=0.1)
+    seen = []
+    head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    _, places = supervised_loss(hidden, head, labels, chunk_tokens=1000)
+    assert torch.equal(torch.cat(seen), hidden.flatten(0, 1)[places]) and len(places) < 20
+
+
+def test_gradients_weighted_by_token_equal_those_written_out():
+    """Losses of several sources may count differently; the backward pass must use each position's own weight."""
+    hidden, labels, head = example()
+    places = (shift_labels(labels).flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
+    weights = torch.rand(len(places))
+    a, b = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    losses = supervised_loss(a, head, labels, chunk_tokens=5)[0]
+    each = F.cross_entropy(head(b.flatten(0, 1)[places]).float(), shift_labels(labels).flatten()[places], reduction="none")
+    found = torch.autograd.grad((losses * weights).sum(), [a, head.weight])
+    expected = torch.autograd.grad((each * weights).sum(), [b, head.weight])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_huge_logits_give_finite_losses_and_gradients():
+    """exp(1000) is infinite; the sums must be made relative to the largest."""
+    hidden, head = torch.full((1, 3, 2), 100.0, requires_grad=True), nn.Linear(2, 5, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.arange(10.0).reshape(5, 2))
+    losses, _ = supervised_loss(hidden, head, torch.tensor([[0, 4, 0]]))
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    assert losses[0].item() == 0.0 and losses[1].item() == pytest.approx(1600.0) and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 1000])
+def test_the_short_way_can_be_walked_back_twice(chunk_tokens):
+    """A kept softmax that the backward pass overwrote would give the second one other gradients."""
+    hidden, labels, head = example()
+    losses, _ = supervised_loss(hidden.requires_grad_(), head, labels, chunk_tokens=chunk_tokens)
+    first, second = (torch.autograd.grad(losses.sum(), [hidden, head.weight], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_a_frozen_head_or_frozen_states_cost_no_gradient():
+    """Alignment trains neither: a gradient of the head would be half a gigabyte for nothing."""
+    hidden, labels, head = example()
+    head.requires_grad_(False)
+    supervised_loss(hidden.requires_grad_(), head, labels)[0].sum().backward()
+    assert head.weight.grad is None and hidden.grad.any()
+    head.requires_grad_(True)
+    supervised_loss(hidden.detach(), head, labels)[0].sum().backward()
+    assert head.weight.grad.any()
+
+
+@pytest.mark.parametrize("what", ["hook", "partitioned", "bias", "subclass", "patched", "autocast"])
+def test_a_head_that_is_more_than_its_weight_is_called_as_a_module(what):
+    """Reading its weight would skip an adapter, a scale, or find an empty tensor where ZeRO-3 has its parts elsewhere."""
+    hidden, labels, head = example()
+    hidden, head = hidden.float(), head.float()
+    if what == "subclass":
+        head = type("Scaled", (nn.Linear,), {})(8, 30, bias=False)
+    if what == "bias":
+        head = nn.Linear(8, 30)
+    calls = []
+    original = type(head).forward
+
+    def forward(inputs):
+        calls.append(len(inputs))
+        return original(head, inputs)
+
+    if what == "hook":
+        head.register_forward_hook(lambda *_: calls.append(1))
+    elif what == "partitioned":
+        head.weight.ds_id = 0
+    if what in ("partitioned", "bias", "subclass", "autocast"):
+        head.weight.register_hook(lambda gradient: calls.append(1))
+    if what == "patched":
+        head.forward = forward
+    from vlm.loss import _is_plain
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+        assert not _is_plain(head, hidden)
+        supervised_loss(hidden, head, labels)[0].sum().backward()
+    assert calls and _is_plain(nn.Linear(8, 30, bias=False), hidden)
+
+
+def test_half_precision_gradients_are_near_those_in_float32():
+    """The softmax is in float32; only the products are rounded."""
+    hidden, labels, head = example()
+    expected = torch.autograd.grad(supervised_loss(hidden.requires_grad_(), head, labels)[0].sum(), [hidden, head.weight])
+    half = hidden.detach().bfloat16().requires_grad_()
+    found = torch.autograd.grad(supervised_loss(half, head.bfloat16(), labels, chunk_tokens=7)[0].sum(), [half, head.weight])
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() < 0.02 * other.norm()

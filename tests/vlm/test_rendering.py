@@ -8,7 +8,7 @@ import pytest
 from vlm.loss import IGNORE_INDEX
 from vlm.rendering import ChatFormat, Renderer, chat_formats, image_tokens, normalize_messages, tile_tag
 
-SPECIAL = [*image_tokens(), "<|im_start|>", "<|im_end|>", "<|pad|>", "<|endoftext|>"]
+SPECIAL = [*image_tokens(), "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|endoftext|>"]
 
 
 @pytest.fixture(scope="module")

@@ -194,3 +194,13 @@ def test_wrong_use_says_what_was_found(tmp_path):
     with pytest.raises(ValueError, match="smooth = 0"):
         report.curves({"a": [(0, 1)]}, "x", "y", smooth=0)
     assert report.blocks == []
+
+
+def test_a_photograph_is_kept_small_and_a_drawing_exact(tmp_path):
+    """Twenty photographs as PNG made pages of tens of megabytes."""
+    drawn = Image.new("RGB", (400, 300), (10, 200, 30))
+    photo = Image.effect_noise((400, 300), 30).convert("RGB")
+    page = Report("Pictures").pictures([(drawn, "drawn"), (photo, "photo")])
+    assert page.html().count("data:image/png") == page.html().count("data:image/jpeg") == 1
+    page.write(tmp_path)
+    assert sorted(path.suffix for path in (tmp_path / "pictures").iterdir()) == [".jpg", ".png"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm.rendering import image_tokens
+from vlm.rendering import Renderer, chat_formats, image_tokens
 from vlm.small_tokenizer import train_small_tokenizer
 
 TEXTS = ["red", "a red ball is left of a blue box", "how many red circles are there?"] * 4
@@ -26,9 +26,19 @@ def test_a_word_is_the_same_token_at_the_start_and_inside(tokenizer):
 
 
 def test_special_tokens_are_single(tokenizer):
-    for token in [*image_tokens(), "<|im_start|>", "<|im_end|>"]:
+    for token in [*image_tokens(), "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>"]:
         assert tokenizer.encode(token, add_special_tokens=False) == [tokenizer.convert_tokens_to_ids(token)]
     assert tokenizer.pad_token_id != tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_phrase_is_one_token_and_stays_plain_text():
+    """The instruction under every question is one token, for the renderer too, which keeps added tokens out of what a user writes."""
+    tokenizer = train_small_tokenizer(list(TEXTS), phrases=["Answer with one word."])
+    (index,) = tokenizer.encode("Answer with one word.", add_special_tokens=False)
+    rendered = Renderer(tokenizer, chat_formats()["small"], 4).encode_plain("a red ball?\nAnswer with one word.")
+    assert rendered[-1] == index and rendered.count(index) == 1
+    assert "Answer with one word." in tokenizer.decode(rendered, skip_special_tokens=True)
+    assert index not in train_small_tokenizer(list(TEXTS)).get_vocab().values()
 
 
 def test_the_same_texts_give_the_same_tokenizer(tokenizer):

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from train_vlm.scenes.balance import GQA_SHARES, SHARES, VIZWIZ_SHARES, Balance
+from train_vlm.scenes.balance import GQA_SHARES, SHARES, TRAIN_SHARES, TRAIN_VIZWIZ_SHARES, VIZWIZ_SHARES, Balance
 from train_vlm.scenes.drawing import draw, encode
 from train_vlm.scenes.layout import plan_size, size_group
 from train_vlm.scenes.questions import Question, questions
@@ -35,15 +35,16 @@ class PictureSet:
     first_number: int
     questions_per_picture: int
     shares: dict[str, float]
-    vizwiz_share: float  # of pictures whose questions follow the mixture (and, in training, the prompt) of VizWiz
+    vizwiz_share: float  # of pictures whose questions follow `vizwiz_shares` and, in training, have VizWiz' prompt
     chunk_pictures: int
+    vizwiz_shares: dict[str, float] = field(default_factory=dict)
 
 
 SETS = {
     "heldout/vqav2": PictureSet("heldout/vqav2", "heldout/vqav2/val2014/COCO_val2014_%012d.jpg", 900_001, 5, SHARES, 0.0, 1024),
     "heldout/gqa": PictureSet("heldout/gqa", "heldout/gqa/images/%d.jpg", 2_400_001, 5, GQA_SHARES, 0.0, 1024),
     "heldout/vizwiz": PictureSet("heldout/vizwiz", "heldout/vizwiz/val/VizWiz_val_%08d.jpg", 0, 1, VIZWIZ_SHARES, 0.0, 1024),
-    "train": PictureSet("train", "train/images/%012d.jpg", 1, 8, SHARES, 1 / 3, 256),
+    "train": PictureSet("train", "train/images/%012d.jpg", 1, 8, TRAIN_SHARES, 1 / 3, 256, TRAIN_VIZWIZ_SHARES),
 }
 
 
@@ -75,7 +76,7 @@ def build_chunk(chunk: Chunk) -> tuple[list[tuple[Picture, bytes]], float]:
     """Draw the pictures of a chunk and ask about them: each with its JPEG file, and the processor seconds of it all."""
     began = time.process_time()
     plan = SETS[chunk.set_name]
-    balances = {False: Balance(plan.shares), True: Balance(VIZWIZ_SHARES)}
+    balances = {False: Balance(plan.shares)} | ({True: Balance(plan.vizwiz_shares)} if plan.vizwiz_shares else {})
     pictures = []
     for index in range(chunk.start, chunk.stop):
         seed = picture_seed(chunk.seed, chunk.set_name, index, chunk.attempts.get(index, 0))

@@ -203,13 +203,21 @@ def _logic(view: SceneView) -> list[Candidate]:
     return found
 
 
+# "At the left" may also mean the whole left third: such a question is asked only where both readings agree.
+SIDES = {1: (0, 1, 2), 3: (0, 3, 6), 5: (2, 5, 8), 7: (6, 7, 8)}
+
+
 def _cell(view: SceneView, place: int) -> list[int] | None:
-    """Indexes of the objects in a cell of the 3x3 grid; None when something lies across its border, or too near to it."""
+    """Indexes of the objects in a cell of the 3x3 grid; None when something lies across its border or too near to it, or, for the middle
+    of a side, elsewhere along that side."""
     width, height = view.scene.width / 3, view.scene.height / 3
     left, top = place % 3 * width, place // 3 * height
     inside = []
     for index, thing in enumerate(view.objects):
-        is_here = place_of(view.scene, thing) == place
+        found = place_of(view.scene, thing)
+        is_here = found == place
+        if not is_here and found in SIDES.get(place, ()):
+            return None
         x, y, w, h = thing.box
         overlap = max(0, min(x + w, left + width) - max(x, left)) * max(0, min(y + h, top + height) - max(y, top)) / (w * h)
         if not is_here and overlap > 0.2 or is_here and overlap < 0.6:

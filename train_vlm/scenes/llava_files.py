@@ -28,7 +28,8 @@ def llava_files(pictures: list[Picture]) -> dict[str, str]:
         asked = [(f"{question.text}\n{line}", question.answer) for question in picture.questions]
         conversations.append({**head, "conversations": _turns(asked)})
         kinds[identity] = [question.kind for question in picture.questions]
-    return {"captions.json": json.dumps(captions), "questions.json": json.dumps(conversations), "kinds.json": json.dumps(kinds)}
+    files = {"captions": captions, "questions": conversations, "kinds": kinds}
+    return {f"{name}.json": json.dumps(content) for name, content in files.items()}
 
 
 def _turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:

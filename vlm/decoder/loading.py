@@ -4,27 +4,23 @@ Why not `from_pretrained`: it casts every weight to one dtype (A_log, D and dt_b
 wrong head width from early configs (`attention_head_dim`), it draws missing or mismatched weights again with a printed table where
 this must be an error, and the weights it returns are views of the file.
 
-Both formats name the weights `backbone.layers.N.mixer...`, one file entry per expert; transformers' module says `model.` and stacks
-the experts. Shards are read one after another into a model on the meta device: the peak is the model and one tensor.
+Shards are read one after another into a model on the meta device: the peak is the model and one tensor.
 """
 
-import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, NemotronHConfig, NemotronHForCausalLM
 
-from vision_encoders.checkpoint_files import assign_weights, find_weight_files, iterate_tensors, raise_on_key_mismatch, read_json
+from vision_encoders.checkpoint_files import assign_weights, find_weight_files, iterate_tensors, read_json
 
-__all__ = ["load_language_model", "read_config"]
+from .key_names import to_module_names
+
+__all__ = ["load_language_model", "loaded_dtype", "mark_initialized", "read_config"]
 
 # Used in float32 by the scan and the router, so never narrowed below what the file has.
 NEVER_NARROWED = ("A_log", "D", "dt_bias", "e_score_correction_bias")
-EXPERT_KEY = re.compile(r"(.*\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
-# Heads for predicting several tokens ahead: in some checkpoints, in no model of transformers.
-UNUSED_PREFIXES = ("mtp.",)
 
 
 def load_language_model(
@@ -48,27 +44,36 @@ def load_language_model(
 
     # 2. Every tensor of the files in its place.
     def convert(name: str, tensor: Tensor) -> Tensor:
-        target = tensor.dtype
-        if dtype is not None and tensor.is_floating_point():
-            target = dtype if name.rpartition(".")[2] not in NEVER_NARROWED else torch.promote_types(dtype, tensor.dtype)
-        return tensor.to(device=device or "cpu", dtype=target, copy=True)
+        return tensor.to(device=device or "cpu", dtype=loaded_dtype(name, tensor.dtype, dtype), copy=True)
 
     tied = bool(config.tie_word_embeddings)
-    tensors = _stack_experts(_rename(iterate_tensors(files)), config.n_routed_experts, source=checkpoint)
+    tensors = to_module_names(iterate_tensors(files), config.n_routed_experts, source=checkpoint)
     assign_weights(model, tensors, source=checkpoint, convert=convert, may_be_absent=lambda name: tied and name == "lm_head.weight")
     if tied:
         model.lm_head.weight = model.model.embeddings.weight
 
     # 3. What from_pretrained would also have set.
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor._is_hf_initialized = True
-    for module in model.modules():
-        module._is_hf_initialized = True  # a larger model around this one must not draw its weights again
+    mark_initialized(model)
     config.dtype = model.model.embeddings.weight.dtype
     config._name_or_path = str(checkpoint)
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return model.eval()
+
+
+def mark_initialized(model: nn.Module) -> None:
+    """Tell transformers that these weights are loaded: it must not draw them again when a larger model is built around them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = True
+
+
+def loaded_dtype(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """dtype of a weight after loading: as stored, or `wanted` for floats; A_log, D, dt_bias and the router's bias never narrower."""
+    if wanted is None or not stored.is_floating_point:
+        return stored
+    return wanted if name.rpartition(".")[2] not in NEVER_NARROWED else torch.promote_types(wanted, stored)
 
 
 def read_config(checkpoint: str | Path) -> NemotronHConfig:
@@ -101,41 +106,3 @@ def read_config(checkpoint: str | Path) -> NemotronHConfig:
         raise ValueError(f"{path} is no valid Nemotron-H config: {type(error).__name__}: {error}") from error
     except Exception as error:  # huggingface_hub's strict dataclasses have error classes of their own
         raise ValueError(f"{path} is no valid Nemotron-H config: {error}") from error
-
-
-def _rename(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in tensors:
-        if not key.startswith(UNUSED_PREFIXES):
-            yield (f"model.{key.removeprefix('backbone.')}" if key.startswith("backbone.") else key), tensor
-
-
-def _stack_experts(tensors: Iterable[tuple[str, Tensor]], num_experts: int, *, source: Path) -> Iterator[tuple[str, Tensor]]:
-    """Collect `experts.N.up_proj.weight` (out, in) into `experts.up_proj` (experts, out, in); all else passes through.
-
-    Raises ValueError listing the experts that are missing or too many, or of another shape than their neighbours.
-    """
-    stacks: dict[str, Tensor] = {}
-    waiting: dict[str, set[int]] = {}
-    unexpected, mismatched = [], []
-    for key, tensor in tensors:
-        match = EXPERT_KEY.fullmatch(key)
-        if match is None:
-            yield key, tensor
-            continue
-        name, index = f"{match.group(1)}.{match.group(3)}", int(match.group(2))
-        if index >= num_experts:
-            unexpected.append(key)
-            continue
-        if name not in stacks:
-            stacks[name] = tensor.new_empty((num_experts, *tensor.shape))
-            waiting[name] = set(range(num_experts))
-        if tensor.shape != stacks[name].shape[1:]:
-            mismatched.append(f"{key} (file {tuple(tensor.shape)}, its neighbours {tuple(stacks[name].shape[1:])})")
-            continue
-        stacks[name][index] = tensor
-        waiting[name].discard(index)
-        if not waiting[name]:
-            yield name, stacks.pop(name)
-            del waiting[name]
-    missing = [f"{name.rpartition('.')[0]}.{index}.{name.rpartition('.')[2]}.weight" for name in waiting for index in sorted(waiting[name])]
-    raise_on_key_mismatch(source, missing=missing, unexpected=unexpected, mismatched=mismatched)

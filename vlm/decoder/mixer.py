@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from .convolution import causal_convolution
+from .gated_norm import GatedNorm
 from .layout import Layout
 from .ssd import chunk_scan, state_update
 from .state import DecoderState
@@ -28,6 +29,7 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
         """Give an existing mixer this forward; its parameters stay the same objects."""
         mixer.__class__ = cls
         # NVIDIA's meaning of the clamp (facts: `time_step_limit`, normally 0 to infinity), not `time_step_min`.
+        mixer.has_silu = mixer.activation in ("silu", "swish")
         mixer.dt_limit = tuple(float(limit) for limit in mixer.config.time_step_limit)
 
     def forward(
@@ -56,10 +58,11 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
         if layout.valid is not None:
             fed = fed * layout.valid[..., None]  # after the projection, whose bias would otherwise reach the first windows
         kept = state.convolution.get(self.layer_idx) if state is not None else None
-        fed, window = causal_convolution(fed, self.conv1d.weight.squeeze(1), self.conv1d.bias, layout, kept)  # B T F
-        x, B, C = self.act(fed).split([self.intermediate_size, state_size, state_size], dim=-1)
+        fed, window = causal_convolution(fed, self.conv1d.weight.squeeze(1), self.conv1d.bias, layout, kept, silu=self.has_silu)  # B T F
+        x, B, C = (fed if self.has_silu else self.act(fed)).split([self.intermediate_size, state_size, state_size], dim=-1)
 
-        A = -torch.exp(self.A_log.float())
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        A = -torch.exp(self.A_log.to(wide))
         before = state.ssm.get(self.layer_idx) if state is not None else None
         if length == 1 and before is not None:
             y, after = state_update(
@@ -69,13 +72,13 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
                 A,
                 B.view(batch, self.n_groups, self.ssm_state_size),
                 C.view(batch, self.n_groups, self.ssm_state_size),
-                self.D.float(),
-                dt_bias=self.dt_bias.float(),
+                self.D.to(wide),
+                dt_bias=self.dt_bias.to(wide),
                 dt_softplus=True,
                 dt_limit=self.dt_limit,
             )
         else:
-            steps = F.softplus(dt.float() + self.dt_bias.float())
+            steps = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
             if self.dt_limit[0] > 0.0 or self.dt_limit[1] < float("inf"):
                 steps = steps.clamp(*self.dt_limit)
             if layout.valid is not None:
@@ -88,15 +91,16 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
                 B.view(batch, length, self.n_groups, self.ssm_state_size),
                 C.view(batch, length, self.n_groups, self.ssm_state_size),
                 self.chunk_size,
-                D=self.D.float(),
+                D=self.D.to(wide),
                 initial_states=before,
                 seq_idx=layout.seq_idx,
                 return_final_states=True,
             )
         if state is not None:
             state.convolution[self.layer_idx], state.ssm[self.layer_idx] = window, after
-        y = self.norm(y.reshape(batch, length, self.intermediate_size), gate)
-        return self.out_proj(y.to(hidden_states.dtype))
+        y, gate = (tensor.reshape(-1, self.intermediate_size) for tensor in (y, gate))
+        y = GatedNorm.apply(y, gate, self.norm.weight, self.n_groups, self.norm.variance_epsilon)
+        return self.out_proj(y.view(batch, length, -1).to(hidden_states.dtype))
 
     @staticmethod
     def _layout_from_transformers(hidden_states: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Layout:

@@ -4,7 +4,7 @@ Mamba-2 (arXiv 2405.21060, section 6) computes h_t = exp(dt_t A) h_{t-1} + dt_t 
 the meaning and shapes of mamba-ssm's `mamba_chunk_scan_combined`, for any length and any device, and **resets the state where
 `seq_idx` changes**, so that packed samples cannot see each other. `recurrent_scan` is the definition, written as a loop in float64.
 
-Not here: the arithmetic over chunks and its backward pass (chunked_scan.py), the convolution, the gate's norm (mixer.py), Triton kernels.
+Not here: the arithmetic over chunks and its backward pass (chunked_scan.py), the choice of a Triton kernel on a GPU (kernels.py).
 
 Letters: B batch, T positions, H heads, P head width, G groups, N state; c chunks, L positions of a chunk; R = H / G heads per group.
 """
@@ -15,8 +15,12 @@ from einops import rearrange
 from torch import Tensor
 
 from .chunked_scan import ChunkedScan
+from .kernels import fast_scan
 
 __all__ = ["chunk_scan", "recurrent_scan", "state_update"]
+
+SHORTEST_CHUNK, LONGEST_CHUNK = 16, 64
+"""Positions. Within them the caller's chunk_size decides: shorter chunks spend their time on states, longer ones on decay matrices."""
 
 
 def _check_shapes(
@@ -106,32 +110,26 @@ def chunk_scan(
         )
         return (x, final) if return_final_states else x
 
+    kernel = fast_scan(x.device, x.dtype) or plain_scan
+    settings = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "return_final_states": return_final_states}
+    return kernel(x, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx, **settings)
+
+
+def plain_scan(
+    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, dt_softplus=False,
+    dt_limit=(0.0, float("inf")), return_final_states=False,
+):  # fmt: skip
+    """`chunk_scan` in plain PyTorch, on any device; arguments are not checked again."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, dtype)  # B T H
-    span = min(chunk_size, length)
-    padding = -length % span
-    xs, Bs, Cs = x.to(dtype), B.to(dtype), C.to(dtype)
-    if padding:
-        # A time step of 0 neither decays nor feeds the state, so padding at the end is invisible.
-        steps = F.pad(steps, (0, 0, 0, padding))
-        xs, Bs, Cs = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (xs, Bs, Cs))
-    segments = None
-    if seq_idx is not None:
-        segments = F.pad(seq_idx, (0, padding), mode="replicate") if padding else seq_idx
-        segments = rearrange(segments, "b (c l) -> b c l", l=span)
-
-    steps = rearrange(steps, "b (c l) h -> b c h l", l=span)
-    xs = rearrange(xs, "b (c l) h p -> b c h l p", l=span).contiguous()
-    Bs = rearrange(Bs, "b (c l) g n -> b c g l n", l=span)
-    Cs = rearrange(Cs, "b (c l) g n -> b c g l n", l=span)
-    before = xs.new_zeros(batch, heads, width, state) if initial_states is None else initial_states.to(dtype)
-    y, current = ChunkedScan.apply(xs, steps, A.to(dtype), Bs, Cs, before, segments)
-
-    y = rearrange(y, "b c h l p -> b (c l) h p")[:, :length]
-    if D is not None:
-        y = y + x.to(dtype) * (D.to(dtype)[:, None] if D.ndim == 1 else D.to(dtype))
+    span = min(max(chunk_size, SHORTEST_CHUNK), LONGEST_CHUNK, x.shape[1])
+    before = None if initial_states is None else initial_states.to(dtype)
+    inputs = (x, steps, A.to(dtype), B, C, None if D is None else D.to(dtype), before)
+    # Inside the Function nobody can tell: there gradients are off, and inputs say only that they could have one.
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    y, current = ChunkedScan.apply(*inputs, seq_idx, span, keep)
     if z is not None:
-        y = y * F.silu(z.to(dtype))
-    y = y.to(x.dtype)
+        y = (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
     return (y, current) if return_final_states else y
 
 
@@ -159,15 +157,14 @@ def recurrent_scan(
     x64, A64 = x.double(), A.double()
     B64, C64 = (tensor.double().repeat_interleave(repeats, dim=2) for tensor in (B, C))  # B T H N
     steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, torch.float64)
+    decay = (steps * A64).exp()
+    if seq_idx is not None:
+        decay = decay * F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (1, 0), value=True)[..., None]
     state = x64.new_zeros(batch, heads, width, B.shape[3]) if initial_states is None else initial_states.double()
     outputs = []
-    for t in range(length):
-        if seq_idx is not None and t > 0:
-            same = (seq_idx[:, t] == seq_idx[:, t - 1]).double()
-            state = state * same[:, None, None, None]
-        state = state * (steps[:, t] * A64).exp()[:, :, None, None]
-        state = state + (steps[:, t, :, None] * x64[:, t])[..., None] * B64[:, t, :, None, :]
-        outputs.append((state * C64[:, t, :, None, :]).sum(-1))
+    for left, fed, B_t, C_t in zip(*(tensor.unbind(1) for tensor in (decay, steps[..., None] * x64, B64, C64)), strict=True):
+        state = left[..., None, None] * state + fed[..., None] * B_t[:, :, None, :]  # B H P N
+        outputs.append((state * C_t[:, :, None, :]).sum(-1))
     y = torch.stack(outputs, dim=1) if outputs else x64
     if D is not None:
         y = y + x64 * (D.double()[:, None] if D.ndim == 1 else D.double())

@@ -18,6 +18,7 @@ __all__ = ["Code", "Curves", "Figures", "Heading", "Pictures", "Table", "Text"]
 
 # Of a grid of four columns on a page of 1000 pixels: a column, and two of them.
 COLUMN_PX, WIDEST_PX = 228, 470
+LARGE_BYTES = 40_000  # of a PNG; drawn pictures stay far below
 
 
 def _caption_html(caption: str | None, tag: str = "figcaption") -> str:
@@ -176,10 +177,15 @@ class Pictures:
         return max(1, min(self.scale, WIDEST_PX // image.width))
 
     @staticmethod
-    def _png(image: Image.Image) -> bytes:
+    def _encoded(image: Image.Image) -> tuple[bytes, str]:
+        """(file, its kind): PNG for what is drawn, JPEG for photographs, which would be ten times as large; a page holds dozens."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG", optimize=True)
-        return buffer.getvalue()
+        if buffer.tell() <= LARGE_BYTES:
+            return buffer.getvalue(), "png"
+        smaller = io.BytesIO()
+        image.save(smaller, "JPEG", quality=88, subsampling=0)
+        return (smaller.getvalue(), "jpeg") if smaller.tell() < buffer.tell() / 2 else (buffer.getvalue(), "png")
 
     def html(self) -> str:
         figures = []
@@ -187,7 +193,8 @@ class Pictures:
             words = "".join(f"<div>{html_value(line)}</div>" for line in lines)
             alt = html.escape(str(lines[0].value if isinstance(lines[0], Marked) else lines[0]) if lines else "picture", quote=True)
             width, height = image.width * self._scale(image), image.height * self._scale(image)
-            source = f"data:image/png;base64,{base64.b64encode(self._png(image)).decode()}"
+            data, kind = self._encoded(image)
+            source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
             figures.append(
                 f'<figure{" class=broad" if width > COLUMN_PX else ""}><div class="frame"><img src="{source}" width="{width}" '
                 f'height="{height}" alt="{alt}"></div><figcaption>{words}</figcaption></figure>'
@@ -201,7 +208,8 @@ class Pictures:
             if files is None:
                 entries.append(f"- {words}")
                 continue
-            name = f"picture_{len(files) + 1:02d}.png"
-            files[name] = self._png(image)
+            data, kind = self._encoded(image)
+            name = f"picture_{len(files) + 1:02d}.{kind.replace('jpeg', 'jpg')}"
+            files[name] = data
             entries.append(f'<img src="pictures/{name}" width="{image.width * self._scale(image)}" alt=""><br>\n{words}')
         return ("\n" if files is None else "\n\n").join(entries) + _caption_markdown(self.caption)

@@ -1,0 +1,162 @@
+"""Time, peak memory and error of the Mamba-2 scan beside transformers' own fallback, and how the time grows with the length.
+
+    python benchmarks/scan.py                                   writes benchmarks/results/scan.{md,json}; some ten minutes on two cores
+    python benchmarks/scan.py --shapes tiny --lengths 256 1024 --seconds 1 --out /tmp/scan
+
+Each row is one process that runs both ways in turn on the same tensors, and one process for each figure of memory. A length whose fallback
+would not fit in the free memory is measured for ours alone, and the table says so.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from scan_cases import SHAPES, errors, memory, times  # noqa: E402
+
+from vlm.files import write_whole  # noqa: E402
+
+LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384]
+ERROR_LENGTH = 512
+WAYS = ["ours", "transformers"]
+
+
+def free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def growth(rows: list[dict], kind: str) -> float | None:
+    """The exponent p of time ~ length ** p, by least squares over the logarithms, from 1,024 positions on."""
+    points = [(math.log(row["length"]), math.log(row["times"]["ours"][kind])) for row in rows if row["length"] >= 1024]
+    if len(points) < 2:
+        return None
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def measure_rows(shape: str, dtype: str, options: argparse.Namespace, child) -> list[dict]:
+    rows, needed = [], 0.0
+    for length in sorted(options.lengths):
+        ours = child("memory", shape, dtype, length, "ours", "both")["bytes"]
+        row = {"length": length, "memory": {"ours": ours}}
+        expected = needed * (length / rows[-1]["length"]) ** 1.2 if rows else 0.0  # its states grow with the square of the chunks
+        fits = expected < 0.8 * free_bytes()
+        if fits:
+            needed = row["memory"]["transformers"] = child("memory", shape, dtype, length, "transformers", "both")["bytes"]
+        else:
+            needed = expected
+            row["left_out"] = f"the fallback would need about {expected / 1e9:.0f} GB"
+        row["times"] = child("times", shape, dtype, length, ",".join(WAYS if fits else WAYS[:1]))
+        rows.append(row)
+        print(shape, dtype, json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
+def line(row: dict) -> str:
+    mine, theirs = row["times"]["ours"], row["times"].get("transformers")
+    cells = [f"{row['length']:,}", f"{mine['forward']:,.1f}", f"{mine['both']:,.1f}", f"{row['memory']['ours'] / 1e6:,.0f}"]
+    if theirs:
+        cells[1] += f" / {theirs['forward']:,.1f}"
+        cells[2] += f" / {theirs['both']:,.1f}"
+        cells[3] += f" / {row['memory']['transformers'] / 1e6:,.0f}"
+        cells += [f"{theirs[kind] / mine[kind]:.1f}x" for kind in ("forward", "both")]
+        cells.append(f"1/{row['memory']['transformers'] / max(row['memory']['ours'], 1):.1f}")
+    else:
+        cells += [row["left_out"], "", ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def page(result: dict) -> str:
+    lines = [
+        "# The Mamba-2 scan beside transformers' fallback",
+        "",
+        f"{result['machine']}, {result['threads']} threads, torch {result['torch']}, transformers {result['transformers']}, Python "
+        f"{result['python']}. In each cell: ours / transformers' `mamba2_chunk_scan`, same tensors, passes in turn, medians. Memory is the "
+        "peak of forward and backward above the inputs.",
+    ]
+    for part in result["parts"]:
+        sizes = ", ".join(f"{value} {name}" for name, value in SHAPES[part["shape"]].items())
+        lines += ["", f"## {part['shape']}, {part['dtype']} ({sizes})", ""]
+        lines += [
+            "| positions | forward, ms | forward + backward, ms | memory, MB | forward | forward + backward | memory |",
+            "|---|---|---|---|---|---|---|",
+            *(line(row) for row in part["rows"]),
+            "",
+        ]
+        exponents = [
+            f"{what} {part['growth'][kind]:.2f}"
+            for kind, what in (("forward", "forward"), ("both", "with backward"))
+            if part["growth"][kind]
+        ]
+        if exponents:
+            lines.append(f"Ours grows with the length to the power of {', '.join(exponents)} (from 1,024 positions on).")
+        found = part["errors"]
+        lines.append(
+            f"Error against the float64 recurrence at {ERROR_LENGTH} positions (largest difference over largest value, one group of heads): "
+            + "; ".join(f"{way} y {e['y']:.1e}, worst gradient {e['gradient']:.1e} (of {e['of']})" for way, e in found.items())
+            + "."
+        )
+    return "\n".join([*lines, "", f"    {result['command']}", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="positions, a row each")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for the passes of a row; four passes of each kind at least")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "scan")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        what, shape, dtype, length, *rest = options.child
+        dtype, length = getattr(torch, dtype), int(length)
+        if what == "times":
+            found = times(shape, length, dtype, rest[0].split(","), options.seconds)
+        else:
+            found = memory(shape, length, dtype, rest[0], rest[1] == "both") if what == "memory" else errors(shape, length, dtype)
+        print(json.dumps(found))
+        return
+
+    def child(*arguments) -> dict:
+        settings = ["--seconds", str(options.seconds), "--threads", str(options.threads)]
+        command = [sys.executable, __file__, *settings, "--child", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
+        if done.returncode:
+            raise SystemExit(f"{' '.join(map(str, arguments))}: {done.stderr.strip().splitlines()[-1:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    result = {
+        "command": " ".join(["python benchmarks/scan.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": options.threads,
+        "parts": [],
+    }
+    for shape in options.shapes:
+        for dtype in options.dtypes:
+            rows = measure_rows(shape, dtype, options, child)
+            exponents = {kind: growth(rows, kind) for kind in ("forward", "both")}
+            found = child("errors", shape, dtype, ERROR_LENGTH)
+            result["parts"].append({"shape": shape, "dtype": dtype, "rows": rows, "growth": exponents, "errors": found})
+            # After each part: a long run that is stopped leaves what it has.
+            write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+            write_whole(options.out.with_suffix(".md"), page(result))
+    print(page(result))
+
+
+if __name__ == "__main__":
+    main()

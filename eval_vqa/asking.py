@@ -1,0 +1,104 @@
+"""One batch of questions through the engine, each answer a row of predictions.jsonl.
+
+VizWiz's second task wants the confidence that a question can be answered. It comes from the same pass: the engine is asked for the
+log-probability that the answer is "unanswerable", in both spellings that models of this family have learnt.
+"""
+
+import math
+from collections.abc import Callable
+
+from eval_vqa.image_files import grey_like, load_image
+from eval_vqa.official_files import Question
+from eval_vqa.postprocessing import POSTPROCESSING, without_thinking
+from eval_vqa.predictions_file import RESULT_KEYS, result
+from eval_vqa.prompts import PROMPTS, render_prompt
+
+__all__ = ["UNANSWERABLE", "Asker"]
+
+UNANSWERABLE = ("unanswerable", "Unanswerable")
+
+
+class Asker:
+    """Asks an engine and writes rows. settings: a PredictSettings; write: takes a row; make_request: see `eval_vqa.predicting.predict`."""
+
+    def __init__(self, task: str, engine, settings, write: Callable[[dict], None], make_request: Callable | None = None):
+        if make_request is None:
+            from vlm.engine import Request as make_request
+        self.task, self.engine, self.settings, self.write, self.make_request = task, engine, settings, write, make_request
+        self.options = {"max_new_tokens": settings.max_new_tokens}
+        if task == "vizwiz" and "score_texts" in getattr(make_request, "__dataclass_fields__", {}):
+            self.options["score_texts"] = UNANSWERABLE
+
+    def ask(self, batch: list[Question]) -> None:
+        """Writes one row for each question. Raises ValueError for an unreadable image when that is to stop the run."""
+        pictures: dict = {}
+        requests, asked = [], []
+        for question in batch:
+            if question.image not in pictures:
+                pictures[question.image] = self._picture(question)
+            image, circumstances = pictures[question.image]
+            if image is None:
+                self._write_unreadable(question, circumstances["problem"])
+                continue
+            text = render_prompt(PROMPTS[self.task], question.text)
+            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+            requests.append(self.make_request(messages=[{"role": "user", "content": content}], **self.options))
+            asked.append((question, circumstances))
+        written: set[int] = set()
+
+        def on_answer(index: int, answer) -> None:
+            if index not in written:
+                written.add(index)
+                self.write(self._row(*asked[index], answer))
+
+        if requests:
+            for index, answer in enumerate(self.engine.generate(requests, on_answer=on_answer)):
+                on_answer(index, answer)
+        if len(written) != len(requests):
+            raise RuntimeError(f"the engine gave {len(written)} answers to {len(requests)} requests")
+
+    def _picture(self, question: Question) -> tuple:
+        """(image, what a row says of it); (None, the problem) for one that cannot be read."""
+        try:
+            image, digest = load_image(question.image)
+            image = grey_like(image) if self.settings.grey else image
+        except (FileNotFoundError, ValueError) as error:
+            return None, {"problem": str(error)}
+        return image, {"image_file": question.image.name, "image_sha256": digest, "tiles_wanted": self._tiles(image)}
+
+    def _tiles(self, image) -> int | None:
+        """How many tiles the processor cuts this image into, when nothing forces it to fewer."""
+        from PIL import ImageOps
+
+        processor = getattr(self.engine, "processor", None)
+        return None if processor is None else processor.image_processor.count_tiles(*ImageOps.exif_transpose(image).size)
+
+    def _write_unreadable(self, question: Question, problem: str) -> None:
+        if self.settings.on_missing == "fail":
+            raise ValueError(f"question {question.id!r}: {problem}; --on-missing skip or blank goes on without it")
+        blank = self.settings.on_missing == "blank"
+        row = result(self.task, question.id, "") if blank else {RESULT_KEYS[self.task][0]: question.id}
+        self.write({**row, "problem": problem})
+
+    def _row(self, question: Question, circumstances: dict, answer) -> dict:
+        if answer.error:  # counted as a wrong answer, listed, and asked again at the next start
+            return {**result(self.task, question.id, ""), "problem": f"the engine failed: {answer.error}"}
+        postprocess, _ = POSTPROCESSING[self.task]
+        row = {
+            **result(self.task, question.id, postprocess(without_thinking(answer.text))),
+            "text": answer.text,
+            "stop_reason": answer.stop_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "visual_tokens": answer.visual_tokens,
+            "generated_tokens": answer.generated_tokens,
+            "seconds": round(answer.seconds, 4),
+            **circumstances,
+        }
+        wanted = row.pop("tiles_wanted")
+        if wanted is not None:
+            row["tiles"] = answer.visual_tokens // self.engine.processor.visual_tokens_per_tile
+            if row["tiles"] != wanted:
+                row["tiles_wanted"] = wanted  # fewer were used, to fit the engine's longest prompt
+        if scores := getattr(answer, "scores", None):
+            row["answerable"] = 1.0 - min(1.0, sum(math.exp(scores[text]) for text in UNANSWERABLE if text in scores))
+        return row

@@ -1,0 +1,63 @@
+"""The processes of a run: starting DeepSpeed on each, and what they say to each other outside of the gradients.
+
+All ranks must agree on every decision (stop, save, which checkpoint), or their collectives no longer match and the run hangs. So one rank
+decides, and the others hear it.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from train_vlm.recipe import Recipe
+
+__all__ = ["FailedElsewhereError", "on_first_rank", "start_deepspeed", "sum_over_ranks"]
+
+
+class FailedElsewhereError(RuntimeError):
+    """The first rank failed and says why; this rank ends without a word."""
+
+
+def start_deepspeed(recipe: Recipe):
+    """Import and initialise DeepSpeed; returns (deepspeed, rank, world size, local device)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError("training needs DeepSpeed: pip install 'nemotron-h-vision[train]'") from error
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        os.environ.setdefault(name, default)
+    if not torch.cuda.is_available():
+        # The shared-memory kernel is for inference only, and building it takes most of a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(recipe.run.threads_per_rank or max(1, cores // int(os.environ["WORLD_SIZE"])))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    return deepspeed, rank, world_size, device
+
+
+def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum of a small tensor over all ranks, on the CPU."""
+    tensor = tensor.to(device)
+    torch.distributed.all_reduce(tensor)
+    return tensor.cpu()
+
+
+def on_first_rank(action: Callable):
+    """The result of `action` on rank 0, on every rank. When it raises, rank 0 raises the same and the others FailedElsewhereError."""
+    told = [None, False]
+    failure = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            told = [action(), True]
+        except Exception as error:
+            failure = error
+    torch.distributed.broadcast_object_list(told, 0)
+    if failure is not None:
+        raise failure
+    if not told[1]:
+        raise FailedElsewhereError("rank 0 stopped the run")
+    return told[0]

@@ -1,0 +1,129 @@
+"""Segments of several sequences packed end to end, each going on from its own kept row: where every token stands.
+
+The projections of a block run on the packed row as it is. Only the scan and the attention want one sequence a row; for them segments of
+similar length stand side by side in groups, padded on the right.
+
+Letters: T packed positions, G segments of a group, L longest of a group, K taps.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .attention import groups_of_similar_length
+
+__all__ = ["Group", "Packing"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Segments of similar length. rows: (G,) their rows in the buffers, row_slice: the same when they stand side by side; span: keys
+    each may see at most, its past included.
+
+    places: (G L) their positions in the pack (padding repeats the last one), or a slice when nothing needs to be moved;
+    valid: (G, L) bool, or None without padding; kept: which of the G L are real, targets: their places in the pack.
+    """
+
+    rows: Tensor
+    row_slice: slice | None
+    longest: int
+    span: int
+    past: Tensor  # (G,) tokens read before
+    is_fresh: bool  # nothing was read before, by any
+    places: Tensor | slice
+    valid: Tensor | None
+    kept: Tensor | None
+    targets: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return self.rows.shape[0]
+
+    def take(self, packed: Tensor) -> Tensor:
+        """(T, ...) -> (G, L, ...)."""
+        chosen = packed[self.places] if isinstance(self.places, slice) else packed.index_select(0, self.places)
+        return chosen.unflatten(0, (self.size, self.longest))
+
+    def put(self, values: Tensor, packed: Tensor) -> None:
+        """(G, L, ...) back into (T, ...), padding left out."""
+        flat = values.flatten(0, 1)
+        if isinstance(self.places, slice):
+            packed[self.places] = flat
+        else:
+            packed.index_copy_(0, self.targets, flat if self.kept is None else flat.index_select(0, self.kept))
+
+
+class Packing:
+    """lengths: tokens of each segment, in the order of the pack; rows: its row in the buffers; past: tokens that row has read before."""
+
+    def __init__(self, lengths: list[int], rows: list[int], past: list[int], device):
+        if not lengths or min(lengths) < 1 or not len(lengths) == len(rows) == len(past) or len(set(rows)) != len(rows):
+            raise ValueError(f"found segments of {lengths} tokens for the rows {rows}; expected one or more tokens for different rows")
+        self.lengths, self.rows, self.past, self.device = lengths, rows, past, device
+        self.total = sum(lengths)
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        self.starts = starts[:-1]
+
+    def _tensor(self, values) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    @cached_property
+    def row_index(self) -> Tensor:
+        return self._tensor(self.rows)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """Places of the last token of each segment."""
+        return self._tensor([start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True)])
+
+    @cached_property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """For each packed token: its row in the buffers, and its slot there."""
+        counts = self._tensor(self.lengths)
+        within = torch.arange(self.total, device=self.device) - self._tensor(self.starts).repeat_interleave(counts)
+        return self.row_index.repeat_interleave(counts), within + self._tensor(self.past).repeat_interleave(counts)
+
+    def windows(self, taps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Places in a pack with K - 1 more positions before each segment: of the tokens (T,), of those before a segment, and of the last
+        K - 1 of each segment (segments x (K - 1), flat)."""
+        before = taps - 1
+        counts = self._tensor(self.lengths)
+        numbers = torch.arange(len(self.lengths), device=self.device)
+        tokens = torch.arange(self.total, device=self.device) + ((numbers + 1) * before).repeat_interleave(counts)
+        heads = self._tensor(self.starts) + numbers * before
+        steps = torch.arange(before, device=self.device)
+        return tokens, (heads[:, None] + steps).flatten(), (heads[:, None] + counts[:, None] + steps).flatten()
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return [self._group(members) for members in groups_of_similar_length(tuple(self.lengths))]
+
+    def _group(self, members: list[int]) -> Group:
+        members = sorted(members)
+        longest = max(self.lengths[index] for index in members)
+        even = all(self.lengths[index] == longest for index in members)
+        past = [self.past[index] for index in members]
+        rows = [self.rows[index] for index in members]
+        common = {
+            "rows": self._tensor(rows),
+            "row_slice": slice(rows[0], rows[0] + len(rows)) if rows == list(range(rows[0], rows[0] + len(rows))) else None,
+            "longest": longest,
+            "span": max(self.past[index] + self.lengths[index] for index in members),
+            "past": self._tensor(past),
+            "is_fresh": not any(past),
+        }
+        if even and members == list(range(members[0], members[0] + len(members))):
+            first = self.starts[members[0]]
+            return Group(**common, places=slice(first, first + longest * len(members)), valid=None, kept=None, targets=None)
+        sizes = self._tensor([self.lengths[index] for index in members])[:, None]
+        steps = torch.arange(longest, device=self.device)[None]
+        places = self._tensor([self.starts[index] for index in members])[:, None] + steps.minimum(sizes - 1)
+        if even:
+            return Group(**common, places=places.flatten(), valid=None, kept=None, targets=places.flatten())
+        valid = steps < sizes
+        kept = valid.flatten().nonzero().squeeze(-1)
+        return Group(**common, places=places.flatten(), valid=valid, kept=kept, targets=places.flatten()[kept])

@@ -1,0 +1,101 @@
+"""The decoder as the engine runs it: packed prefill and batched decoding on `Slots`, in place and without autograd.
+
+`run_layers` with a `DecoderState` is the obvious way, and the reference in the tests. This one leaves out what only training needs, calls
+few operations a step (a small model's step is mostly the calling), computes projections for real tokens only, and writes states where
+they stand.
+
+Letters: T packed positions, R rows, D decoder width, S slots, H heads, P head width, G groups, N state, F convolution channels, K taps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import HybridAttention
+from .mixer import Mamba2Mixer
+from .packing import Packing
+from .serving_attention import AttentionServing
+from .serving_mamba import MambaServing
+from .slots import Slots
+
+__all__ = ["ServingDecoder"]
+
+
+class _Plain:
+    """An FFN or a mixture of experts: nothing is kept between tokens."""
+
+    def __init__(self, mixer: nn.Module):
+        self.mixer = mixer
+
+    def prefill(self, x: Tensor, packing: Packing, slots: Slots) -> Tensor:
+        return self.mixer(x[None])[0]
+
+    def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
+        return self.mixer(x[None])[0]
+
+
+class ServingDecoder:
+    """Runs one NemotronHForCausalLM whose mixers were taken over. Its weights are read where they are; none is copied."""
+
+    def __init__(self, language_model: nn.Module):
+        self.language_model = language_model
+        kinds = {Mamba2Mixer: MambaServing, HybridAttention: AttentionServing}
+        self.blocks = [(block.norm, kinds.get(type(block.mixer), _Plain)(block.mixer)) for block in language_model.model.layers]
+        # Behind the last layer that keeps something, a token's own row is all that its output depends on.
+        self.stateful = max((place + 1 for place, (_, serving) in enumerate(self.blocks) if not isinstance(serving, _Plain)), default=0)
+        self.attention_layers = [serving for _, serving in self.blocks if isinstance(serving, AttentionServing)]
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor of the model's dtype, on its device."""
+        return self.language_model.get_input_embeddings().weight
+
+    def slots(self, rows: int, span: int) -> Slots:
+        """Empty buffers for `rows` sequences of up to `span` tokens."""
+        return Slots(self.language_model, rows, span, like=self.weight)
+
+    @staticmethod
+    def _normed(norm: nn.Module, hidden: Tensor) -> Tensor:
+        wide = F.rms_norm(hidden.float(), (hidden.shape[-1],), norm.weight.float(), norm.variance_epsilon)
+        return wide.to(hidden.dtype)
+
+    @torch.inference_mode()
+    def prefill(self, embeddings: Tensor, slots: Slots, rows: list[int], lengths: list[int], *, last_only: bool = False) -> Tensor:
+        """Segments packed end to end, embeddings (T, D), go on from their `rows`, which are updated; -> hidden states (T, D) after the
+        final norm, or with `last_only` those of each segment's last token (segments, D). `embeddings` is used up. Raises ValueError when
+        lengths and rows do not fit."""
+        packing = Packing(lengths, rows, [slots.counts[row] for row in rows], embeddings.device)
+        ends = [past + length for past, length in zip(packing.past, lengths, strict=True)]
+        if packing.total != embeddings.shape[0] or max(ends) > slots.span:
+            raise ValueError(
+                f"found {embeddings.shape[0]} embeddings for segments of {lengths} tokens ending at {ends}; rows have {slots.span} slots"
+            )
+        hidden = embeddings
+        for place, (norm, serving) in enumerate(self.blocks):
+            if last_only and place == self.stateful:
+                hidden = hidden.index_select(0, packing.last)
+            hidden.add_(serving.prefill(self._normed(norm, hidden), packing, slots))
+        if last_only and self.stateful == len(self.blocks):
+            hidden = hidden.index_select(0, packing.last)
+        slots.advance(rows, lengths)
+        return self._normed(self.language_model.model.norm_f, hidden)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, slots: Slots, span: int, *, even: bool = False) -> Tensor:
+        """tokens (R,) go on from rows 0 to R - 1 -> logits (R, vocabulary) float32. `span`: slots looked at, more than any of these rows
+        has used; `even`: all of them have used span - 1. Only the buffers are written (a CUDA graph can hold it): note the tokens by
+        `slots.advance` before the next call."""
+        hidden = self.language_model.get_input_embeddings()(tokens)  # R D
+        rows = tokens.shape[0]
+        lengths = slots.lengths[:rows]
+        places = torch.arange(rows, device=tokens.device)
+        visible = None if even else (torch.arange(span, device=tokens.device)[None] <= lengths[:, None])[:, None, None]  # R 1 1 span
+        step = (rows, span, places, visible)
+        for norm, serving in self.blocks:
+            hidden.add_(serving.decode(self._normed(norm, hidden), slots, step))
+        return self.logits(self._normed(self.language_model.model.norm_f, hidden))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) -> (R, vocabulary) float32."""
+        return self.language_model.get_output_embeddings()(hidden).float()

@@ -1,0 +1,79 @@
+"""Grouped-query attention over kept keys: packed segments, and one token for each running row.
+
+Letters: T packed positions, R rows, S slots, H query heads, KV key heads, E head width, G segments of a group, L longest of a group.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import HybridAttention
+from .packing import Group, Packing
+from .slots import Slots
+
+__all__ = ["AttentionServing"]
+
+
+class AttentionServing:
+    """One attention layer on `Slots`."""
+
+    def __init__(self, mixer: HybridAttention):
+        self.mixer = mixer
+        self.layer = mixer.layer_idx
+        self.width = mixer.head_dim
+        self.repeats = mixer.num_key_value_groups
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) -> query (T, H, E), key and value (T, KV, E)."""
+        mixer = self.mixer
+        return tuple(project(x).unflatten(-1, (-1, self.width)) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+
+    def prefill(self, x: Tensor, packing: Packing, slots: Slots) -> Tensor:
+        query, key, value = self._project(x)
+        self._write(slots, key, value, *packing.positions)
+        out = torch.empty_like(query)
+        for group in packing.groups:
+            q = group.take(query).transpose(1, 2)  # G H L E
+            if group.is_fresh:
+                # Without a past, padding behind a segment is hidden by the causal mask already.
+                k, v = (group.take(tensor).transpose(1, 2).repeat_interleave(self.repeats, dim=1) for tensor in (key, value))
+                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.mixer.scaling)
+            else:
+                k, v = (self._kept(buffers[self.layer], group) for buffers in (slots.keys, slots.values))  # G KV span E
+                # The query heads that share a key head stand one after the other where positions would: nothing is repeated over the slots.
+                folded = q.unflatten(1, (-1, self.repeats)).flatten(2, 3)  # G KV r L E
+                mask = self._mask(group).repeat(1, 1, self.repeats, 1)
+                attended = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=self.mixer.scaling)
+                attended = attended.unflatten(2, (self.repeats, -1)).flatten(1, 2)
+            group.put(attended.transpose(1, 2), out)
+        return self.mixer.o_proj(out.flatten(1))
+
+    def _write(self, slots: Slots, key: Tensor, value: Tensor, rows: Tensor, places: Tensor) -> None:
+        """Put key and value (T, KV, E) of tokens into these rows and slots (T,)."""
+        heads = torch.arange(key.shape[1], device=rows.device)
+        flat = ((rows[:, None] * key.shape[1] + heads) * slots.span + places[:, None]).flatten()
+        slots.keys[self.layer].flatten(0, 2).index_copy_(0, flat, key.flatten(0, 1))
+        slots.values[self.layer].flatten(0, 2).index_copy_(0, flat, value.flatten(0, 1))
+
+    @staticmethod
+    def _kept(buffer: Tensor, group: Group) -> Tensor:
+        """Keys or values of the group's rows, (G, KV, span, E)."""
+        seen = buffer[:, :, : group.span]
+        return seen[group.row_slice] if group.row_slice is not None else seen.index_select(0, group.rows)
+
+    @staticmethod
+    def _mask(group: Group) -> Tensor:
+        """(G, 1, L, span) bool: a token sees its row's slots up to its own. Padding sees what lies there, finite, and is not used."""
+        device = group.rows.device
+        own = group.past[:, None] + torch.arange(group.longest, device=device)  # G L
+        return (torch.arange(group.span, device=device) <= own[..., None])[:, None]
+
+    def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
+        rows, span, places, visible = step
+        query, key, value = self._project(x)
+        self._write(slots, key, value, places, slots.lengths[: len(places)])
+        # The query heads that share a key head stand where positions would: nothing is repeated over the slots.
+        q = query.unflatten(1, (-1, self.repeats))  # R KV H/KV E
+        k, v = (buffers[self.layer][:rows, :, :span] for buffers in (slots.keys, slots.values))  # R KV span E
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.mixer.scaling)
+        return self.mixer.o_proj(out.reshape(rows, -1))

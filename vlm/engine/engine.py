@@ -1,0 +1,210 @@
+"""Answer requests: the one path for evaluation, demo and server.
+
+Any number of threads may ask at once; their requests are decoded together. There is no thread of the engine's own: whoever waits for
+something does the next step for all, so nothing runs behind the caller's back, and a generator that nobody reads holds nothing up.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..checkpoint import load_model
+from ..decoder.serving import ServingDecoder
+from ..modeling import VisionLanguageModel
+from ..processing import VLMProcessor
+from .decode_graphs import DecodeGraphs
+from .kept_states import KeptStates
+from .memory import default_budget_bytes
+from .prefill import Prefill
+from .prompt import Prompter
+from .quantization import quantize_decoder
+from .request import Answer, Request
+from .scheduler import Scheduler
+from .self_check import check_forked_answer
+from .ticket import Ticket
+
+__all__ = ["Engine"]
+
+KEPT_SHARE = 4  # a quarter of the memory is for states of prefixes and of conversations that may go on
+MOST_AHEAD_BYTES = 2**28  # of tiles prepared before their turn
+
+
+class Engine:
+    """Answers with one model.
+
+    max_batch: most requests decoded together. max_tokens: longest prompt; tiles are reduced to fit. memory_bytes: for generation state, a
+    quarter of it for kept prefixes (None: a quarter of what is free); requests wait while it is full. quantize: None or "int8" (torchao,
+    weights of the decoder only; the model given is changed). self_check: compare a forked answer with a full recompute now.
+
+    Raises ValueError for settings that cannot work, RuntimeError when the self-check fails. The weights must not change while it is used.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: VLMProcessor,
+        max_batch: int = 64,
+        max_tokens: int | None = None,
+        *,
+        memory_bytes: int | None = None,
+        quantize: str | None = None,
+        self_check: bool = True,
+    ):
+        if max_batch < 1:
+            raise ValueError(f"{max_batch = }; expected at least 1")
+        if memory_bytes is not None and memory_bytes < 1:
+            raise ValueError(f"{memory_bytes = }; expected at least 1, or None for a quarter of the free memory")
+        self.model, self.processor = model.eval(), processor
+        self.max_batch, self.max_tokens = max_batch, max_tokens
+        self.device = next(model.parameters()).device
+        if quantize is not None:
+            quantize_decoder(model.language_model, quantize)
+        self.memory_bytes = memory_bytes or default_budget_bytes(self.device)
+        decoder = ServingDecoder(model.language_model)
+        self.kept = KeptStates(self.memory_bytes // KEPT_SHARE)
+        self._prompter = Prompter(processor, model.config.image_token_id)
+        reading = Prefill(model, processor, decoder, self.kept)
+        graphs = DecodeGraphs(decoder) if self.device.type == "cuda" else None
+        self._scheduler = Scheduler(decoder, reading, max_batch, self.memory_bytes - self.kept.most_bytes, graphs)
+        self._turn = threading.Condition()
+        self._is_stepping = False
+        if self_check:
+            check_forked_answer(model, processor, decoder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device=None, dtype=None, **settings) -> "Engine":
+        """Raises FileNotFoundError / ValueError as `load_model`."""
+        model, processor = load_model(folder, dtype=dtype, device=device)
+        return cls(model, processor, **settings)
+
+    def generate(self, requests: list[Request], on_answer: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+        """Answers in request order; `on_answer(index, answer)` is called, in this thread, as each one is done. A failing request becomes an
+        Answer with `error`; the others go on. When it is left by an exception, what was still running is cancelled."""
+        answers: list[Answer | None] = [None] * len(requests)
+        order = _by_pictures(requests)
+        open_tickets: dict[int, Ticket] = {}
+        place = 0
+        self._prompter.forget()
+        try:
+            while open_tickets or place < len(order):
+                # 1. Keep enough requests prepared, so that the batch stays full and shared pictures are seen.
+                ahead = 0
+                while place < len(order) and len(open_tickets) < 2 * self.max_batch and (ahead < MOST_AHEAD_BYTES or not open_tickets):
+                    index = order[place]
+                    place += 1
+                    ticket = self._submit(requests[index], keep=False)
+                    ahead += 0 if ticket.prompt.pixels is None else ticket.prompt.pixels.numel()
+                    open_tickets[index] = ticket
+                # 2. Wait for some of them.
+                self._wait(lambda: any(ticket.answer is not None for ticket in open_tickets.values()))
+                for index in [index for index, ticket in open_tickets.items() if ticket.answer is not None]:
+                    answers[index] = open_tickets.pop(index).answer
+                    if on_answer is not None:
+                        on_answer(index, answers[index])
+        finally:
+            for ticket in open_tickets.values():
+                ticket.cancel()
+            self._prompter.forget()
+        return answers
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """Pieces of the answer's text as they come; closing the iterator cancels the request. Raises ValueError when there is no answer."""
+        ticket = self.submit(request)
+        try:
+            yield from ticket
+        finally:
+            ticket.cancel()
+        if ticket.answer.error is not None:
+            raise ValueError(ticket.answer.error)
+
+    def submit(self, request: Request, *, keep: bool = True) -> Ticket:
+        """Put a request in the queue and return at once. `keep`: the state at its end is kept, for the conversation to go on from."""
+        self._prompter.forget()
+        return self._submit(request, keep=keep)
+
+    def _submit(self, request: Request, *, keep: bool) -> Ticket:
+        renderer = self.processor.renderer
+        try:
+            prompt = self._prompter.prepare(request.messages, self.max_tokens)
+            error = None
+        except (ValueError, OSError) as found:
+            prompt, error = self._prompter.empty(), str(found)
+        ticket = Ticket(request, prompt, self.processor.tokenizer, renderer.end_of_turn_id, keep=keep)
+        ticket._wait, ticket._sweep = self._wait, self._sweep
+        error = error or self._scheduler.refusal(ticket)
+        if error is not None:
+            ticket.fail(error)
+        else:
+            self._scheduler.arrivals.append(ticket)
+        return ticket
+
+    def step(self) -> bool:
+        """One step for all that is under way, for callers with a loop of their own; False when there is nothing to do."""
+        with self._turn:
+            while self._is_stepping:
+                self._turn.wait()
+            if self._scheduler.is_idle:
+                return False
+            self._is_stepping = True
+        self._run(self._scheduler.step)
+        return True
+
+    def _wait(self, is_ready: Callable[[], bool]) -> None:
+        """Return when `is_ready()`; until then do steps, or wait while another thread does them."""
+        while True:
+            with self._turn:
+                while self._is_stepping and not is_ready():
+                    self._turn.wait()
+                if is_ready():
+                    return
+                if self._scheduler.is_idle:
+                    raise RuntimeError("the engine has nothing to do, and yet a request waits: a fault of the engine; please report it")
+                self._is_stepping = True
+            self._run(self._scheduler.step)
+
+    def _run(self, act: Callable[[], None]) -> None:
+        """Called by the one thread that has set `_is_stepping`."""
+        try:
+            act()
+        finally:
+            with self._turn:
+                self._is_stepping = False
+                self._turn.notify_all()
+
+    def _sweep(self) -> None:
+        """Take cancelled requests out now if nobody is stepping; else the next step does."""
+        with self._turn:
+            if self._is_stepping:
+                return
+            self._is_stepping = True
+        self._run(self._scheduler.sweep)
+
+    def forget(self) -> None:
+        """Drop every kept state: after a change of the weights."""
+        with self._turn:
+            self.kept.clear()
+
+
+def _by_pictures(requests: list[Request]) -> list[int]:
+    """Indices in an order that brings together requests with the same pictures, and puts texts of similar length side by side. Broken
+    messages are left where they are; preparing them will say what is wrong."""
+
+    def key(index: int) -> tuple:
+        pictures, letters = [], 0
+        for message in requests[index].messages if isinstance(requests[index].messages, list) else []:
+            content = message.get("content") if isinstance(message, dict) else None
+            for part in content if isinstance(content, list) else [content]:
+                if isinstance(part, str):
+                    letters += len(part)
+                elif isinstance(part, dict) and part.get("type") == "text":
+                    letters += len(str(part.get("text")))
+                elif isinstance(part, dict):
+                    source = part.get("image", part.get("image_url", part.get("url", part.get("path"))))
+                    pictures.append(str(source) if isinstance(source, str | Path | dict) else id(source))
+        return tuple(pictures), letters
+
+    keys = [key(index) for index in range(len(requests))]
+    first: dict[tuple, int] = {}
+    for index, (pictures, _) in enumerate(keys):
+        first.setdefault(pictures, index)
+    return sorted(range(len(requests)), key=lambda index: (first[keys[index][0]], keys[index][1]))

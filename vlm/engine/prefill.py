@@ -1,0 +1,202 @@
+"""Read the prompts of newly admitted requests: shared prefixes once, everything packed, each request's state forked into its row.
+
+Steps: plan the pieces; encode each distinct tile once; read the pieces level by level, one packed call a level; keep the prefixes that may
+come again; the leaves go straight into the rows of the running batch.
+"""
+
+import torch
+from torch import Tensor
+
+from ..decoder.serving import ServingDecoder
+from ..decoder.slots import Slots
+from ..modeling import VisionLanguageModel
+from ..processing import VLMProcessor
+from .kept_states import KeptStates
+from .memory import StateCost, rounded_span
+from .sharing import Piece, plan_pieces
+from .ticket import Ticket
+
+__all__ = ["Prefill"]
+
+TILES_A_CALL = 128  # on a GPU
+CACHED_BYTES = 2**22  # on a CPU, as many tiles as keep the encoder's widest activation in the cache
+SCORES_A_CALL = 16
+TOKENS_A_CALL = {"cpu": 2048, "cuda": 32768}  # packed together: bounds the activations, and on a CPU keeps them near
+
+
+def _whole(index: int, ticket: Ticket, found: tuple[int, Slots] | None) -> Piece:
+    """A prompt that shares nothing but what is kept."""
+    return Piece(index, found[0] if found else 0, len(ticket.prompt), None, 0, (index,), True)
+
+
+class Prefill:
+    """Reads prompts with one model; `kept` is looked up and filled."""
+
+    def __init__(self, model: VisionLanguageModel, processor: VLMProcessor, decoder: ServingDecoder, kept: KeptStates):
+        self.model, self.processor, self.decoder, self.kept = model, processor, decoder, kept
+        self.image_token_id = model.config.image_token_id
+        self.cost = StateCost.of(decoder.language_model.config, decoder.weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.weight.device
+
+    def plan(self, tickets: list[Ticket]) -> tuple[list[Piece], list[tuple[int, Slots] | None]]:
+        """The pieces to read, and for each ticket the kept state it goes on from."""
+        found = [self.kept.find(ticket.prompt.identity) for ticket in tickets]
+        # A prefix is worth a piece of its own when the caller says it goes on, or when it came up in an earlier call.
+        prefixes = {ticket.prompt.identity[:cut].tobytes() for ticket in tickets for cut in ticket.prompt.cuts}
+        again = {prefix for prefix in prefixes if self.kept.seen_before(prefix)}
+        cuts = [
+            tuple(cut for cut in ticket.prompt.cuts if ticket.keep or ticket.prompt.identity[:cut].tobytes() in again) for ticket in tickets
+        ]
+        starts = [0 if state is None else state[0] for state in found]
+        return plan_pieces([ticket.prompt.identity for ticket in tickets], starts, cuts), found
+
+    @torch.inference_mode()
+    def read(self, tickets: list[Ticket], slots: Slots, rows: list[int], most_bytes: int) -> Tensor:
+        """Fill `rows` of `slots` with the tickets' prompts -> logits (tickets, vocabulary) of their first token; sets their scores.
+
+        most_bytes: for the states of shared prefixes meanwhile; when they need more, each prompt is read for itself."""
+        pieces, found = self.plan(tickets)
+        inner = [index for index, piece in enumerate(pieces) if not piece.is_leaf]
+        span = rounded_span(max((pieces[index].end for index in inner), default=0))
+        if self.cost.bytes(len(inner), span) > most_bytes:
+            pieces, inner = [_whole(index, ticket, found[index]) for index, ticket in enumerate(tickets)], []
+        visual = self._encode(tickets, pieces)
+        places = {index: place for place, index in enumerate(inner)}
+        nodes = self.decoder.slots(len(inner), span) if inner else None
+        for depth in range(max((pieces[index].depth for index in inner), default=-1) + 1):
+            level = [index for index in inner if pieces[index].depth == depth]
+            targets = [places[index] for index in level]
+            self._read_pieces([pieces[index] for index in level], tickets, found, visual, nodes, nodes, targets, places)
+            for index, place in zip(level, targets, strict=True):
+                self._keep(tickets[pieces[index].owner], pieces[index], nodes, place)
+        leaves = sorted((piece for piece in pieces if piece.is_leaf), key=lambda piece: piece.owner)
+        last = self._read_pieces(leaves, tickets, found, visual, nodes, slots, rows, places)
+        for piece, ticket in zip(leaves, tickets, strict=True):
+            ticket.shared_tokens = 0 if found[piece.owner] is None else found[piece.owner][0]
+            parent = piece.parent
+            while parent is not None:  # a prefix read for several counts as shared for all but its owner
+                if pieces[parent].owner != piece.owner:
+                    ticket.shared_tokens += pieces[parent].end - pieces[parent].start
+                parent = pieces[parent].parent
+        logits = self.mask(self.decoder.logits(last))
+        self._score(tickets, logits, slots, rows)
+        for ticket in tickets:
+            ticket.prompt.pixels = None  # a caller may hold the ticket for long
+        return logits
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """A placeholder said would need a tile; it never is."""
+        logits[:, self.image_token_id] = float("-inf")
+        return logits
+
+    def _read_pieces(self, pieces, tickets, found, visual, nodes, slots, rows, places) -> Tensor:
+        """Read pieces whose parents are read, a few packed calls -> hidden state of the last token of each, (pieces, D)."""
+        # 1. Every row starts from a copy of its parent's state, or from nothing.
+        forked = set()
+        for source, origins, targets in self._origins(pieces, found, nodes, rows, places):
+            slots.fork(source, origins, targets)
+            forked.update(targets)
+        slots.clear([row for row in rows if row not in forked])
+        # 2. As many pieces a call as stay together below the limit.
+        most = TOKENS_A_CALL["cuda" if self.device.type == "cuda" else "cpu"]
+        calls, tokens = [[]], 0
+        for piece, row in zip(pieces, rows, strict=True):
+            if calls[-1] and tokens + piece.end - piece.start > most:
+                calls.append([])
+                tokens = 0
+            calls[-1].append((piece, row))
+            tokens += piece.end - piece.start
+        return torch.cat([self._read_together(call, tickets, visual, slots) for call in calls])
+
+    def _read_together(self, call: list[tuple[Piece, int]], tickets, visual, slots: Slots) -> Tensor:
+        """Words and visual tokens, packed in the same order."""
+        pieces = [piece for piece, _ in call]
+        ids = [token for piece in pieces for token in tickets[piece.owner].prompt.ids[piece.start : piece.end]]
+        tiles = [key for piece in pieces for key in self._tile_keys(tickets[piece.owner], piece)]
+        order = torch.tensor([visual[1][key] for key in tiles], device=self.device, dtype=torch.long)
+        shown = visual[0].index_select(0, order) if tiles else None
+        embeddings = self.model.embed(torch.tensor([ids], device=self.device), visual_tokens=shown)[0]
+        lengths = [piece.end - piece.start for piece in pieces]
+        return self.decoder.prefill(embeddings, slots, [row for _, row in call], lengths, last_only=True)
+
+    @staticmethod
+    def _origins(pieces, found, nodes, rows, places):
+        """(source, its rows, our rows) for each source that the pieces go on from."""
+        by_source: dict[int, tuple[Slots, list[int], list[int]]] = {}
+        for piece, row in zip(pieces, rows, strict=True):
+            if piece.parent is not None:
+                source, origin = nodes, places[piece.parent]
+            elif found[piece.owner] is not None:
+                source, origin = found[piece.owner][1], 0
+            else:
+                continue
+            _, origins, targets = by_source.setdefault(id(source), (source, [], []))
+            origins.append(origin)
+            targets.append(row)
+        return by_source.values()
+
+    def _tile_keys(self, ticket: Ticket, piece: Piece) -> list[bytes]:
+        """Digests of the tiles that stand in this piece. A cut never goes through a tile: their first words differ."""
+        first, last = ticket.prompt.tile_starts.searchsorted((piece.start, piece.end))
+        return ticket.prompt.tile_keys[first:last]
+
+    def _encode(self, tickets: list[Ticket], pieces: list[Piece]) -> tuple[Tensor | None, dict[bytes, int]]:
+        """Visual tokens (N, V, D) of the distinct tiles in these pieces, and where each digest stands in them."""
+        numbers: dict[bytes, int] = {}
+        pixels = []
+        for piece in pieces:
+            ticket = tickets[piece.owner]
+            first = int(ticket.prompt.tile_starts.searchsorted(piece.start))
+            for offset, key in enumerate(self._tile_keys(ticket, piece)):
+                if key not in numbers:
+                    numbers[key] = len(pixels)
+                    pixels.append(ticket.prompt.pixels[first + offset])
+        if not pixels:
+            return None, numbers
+        step = TILES_A_CALL if self.device.type == "cuda" else self._tiles_in_cache()
+        normalize = self.processor.image_processor.normalize_pixels
+        calls = [torch.stack(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+        return torch.cat([self.model.encode_tiles(normalize(call).to(self.device)) for call in calls]), numbers
+
+    def _tiles_in_cache(self) -> int:
+        """Patches x FFN width (four times the encoder's) x float32 for each tile."""
+        vision = self.model.config.vision_config
+        return max(1, CACHED_BYTES // ((vision.image_size // vision.patch_size) ** 2 * vision.hidden_size * 4 * 4))
+
+    def _keep(self, ticket: Ticket, piece: Piece, nodes: Slots, place: int) -> None:
+        state = self.decoder.slots(1, piece.end) if self.kept.most_bytes else None
+        if state is not None and self.kept.wants(state.size_bytes()):
+            state.fork(nodes, [place], [0])
+            self.kept.keep(ticket.prompt.identity[: piece.end], state)
+
+    def _score(self, tickets: list[Ticket], logits: Tensor, slots: Slots, rows: list[int]) -> None:
+        """Log-probabilities of the texts each request wants scored. The first token of a text is in `logits`; for the others its words are
+        read on from a fork of the row."""
+        wanted = []
+        first = {}
+        for place, ticket in enumerate(tickets):
+            if ticket.request.score_texts:
+                first[place] = logits[place].double().log_softmax(-1)
+                ticket.scores = {}
+                for text in ticket.request.score_texts:
+                    tokens = self.processor.renderer.encode_plain(text)
+                    ticket.scores[text] = float(first[place][tokens[0]]) if tokens else 0.0
+                    if len(tokens) > 1:
+                        wanted.append((place, text, tokens))
+        for start in range(0, len(wanted), SCORES_A_CALL):
+            some = wanted[start : start + SCORES_A_CALL]
+            lengths = [len(tokens) - 1 for _, _, tokens in some]
+            span = max(slots.counts[rows[place]] + length for (place, _, _), length in zip(some, lengths, strict=True))
+            forks = self.decoder.slots(len(some), span)
+            forks.fork(slots, [rows[place] for place, _, _ in some], list(range(len(some))))
+            ids = [token for _, _, tokens in some for token in tokens[:-1]]
+            hidden = self.decoder.prefill(
+                self.model.embed(torch.tensor([ids], device=self.device))[0], forks, list(range(len(some))), lengths
+            )
+            scores = self.mask(self.decoder.logits(hidden)).double().log_softmax(-1)
+            then = torch.tensor([token for _, _, tokens in some for token in tokens[1:]], device=self.device)
+            for (place, text, _), part in zip(some, scores.gather(1, then[:, None]).squeeze(1).split(lengths), strict=True):
+                tickets[place].scores[text] += float(part.sum())

@@ -1,0 +1,56 @@
+"""What is asked and what is answered: the two data classes that evaluation, demo and server share with the engine."""
+
+from dataclasses import dataclass
+
+__all__ = ["Answer", "Request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question. Raises ValueError for settings that cannot be met.
+
+    messages: OpenAI-style; images as paths or Pillow images. max_new_tokens: longest answer in tokens. temperature: 0 is greedy.
+    top_p: share of probability that is drawn from. seed: of this request's own draws; None takes one from torch's generator.
+    stop: texts that end the answer. score_texts: texts whose log-probability as (the start of) the answer is wanted.
+    """
+
+    messages: list
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    score_texts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:  # so written, NaN is refused too
+            raise ValueError(f"temperature is {self.temperature} and top_p {self.top_p}; expected temperature >= 0 and 0 < top_p <= 1")
+        for name in ("stop", "score_texts"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text; stop_reason: "end" (end of turn), "length", "stop", "cancelled" or "error"; error: why there is no answer.
+
+    prompt_tokens, of which visual_tokens are of images and shared_tokens were not computed for this request alone (a shared prefix or a
+    kept state); generated_tokens, without the end of turn; tokens: their ids. seconds from admission to the end, waited_seconds before
+    admission, first_token_seconds from admission to the first token. scores: {text: natural log of the probability of its tokens} for
+    the request's score_texts, None when it had none.
+    """
+
+    text: str
+    stop_reason: str
+    prompt_tokens: int = 0
+    visual_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+    tokens: tuple[int, ...] = ()
+    scores: dict[str, float] | None = None
+    shared_tokens: int = 0
+    waited_seconds: float = 0.0
+    first_token_seconds: float = 0.0

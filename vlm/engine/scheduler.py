@@ -1,0 +1,208 @@
+"""Who is decoded when: requests wait in order, join the running batch as others end, and leave it when they are over.
+
+One step admits whom memory and rows allow, reads their prompts, and gives every running request one more token. It is called by one thread
+at a time (engine.py sees to that) and never waits for anything.
+"""
+
+from collections import deque
+
+import numpy as np
+import torch
+
+from ..decoder.serving import ServingDecoder
+from .memory import StateCost, rounded_span
+from .prefill import SCORES_A_CALL, Prefill
+from .sampling import choose_tokens
+from .sharing import LEAST_SHARED_TOKENS, common_length
+from .ticket import Ticket
+
+__all__ = ["Scheduler"]
+
+TOKENS_A_STEP = {"cpu": 16384, "cuda": 65536}  # prompt tokens read in one step: how long those who run stand still
+
+
+def _said_by(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+class Scheduler:
+    """most_rows: requests decoded together; budget_bytes: of their state."""
+
+    def __init__(self, decoder: ServingDecoder, prefill: Prefill, most_rows: int, budget_bytes: int, graphs=None):
+        self.decoder, self.prefill, self.graphs = decoder, prefill, graphs
+        self.most_rows, self.budget_bytes = most_rows, budget_bytes
+        self.cost = StateCost.of(decoder.language_model.config, decoder.weight.dtype)
+        self.arrivals: deque[Ticket] = deque()  # any thread may append here; the others belong to the one that steps
+        self.waiting: deque[Ticket] = deque()
+        self.running: list[Ticket] = []  # the ticket at place i owns row i
+        self.slots = None
+        self.steps = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.arrivals or self.waiting or self.running)
+
+    def refusal(self, ticket: Ticket) -> str | None:
+        """Why this request can never be answered, or None."""
+        need = self._need(1, rounded_span(ticket.most_tokens), [ticket])
+        if need <= self.budget_bytes:
+            return None
+        room = max(0, self.budget_bytes - self._need(1, 0, [ticket])) // max(2 * self.cost.token_bytes, 1)
+        return (
+            f"prompt and answer may take {ticket.most_tokens} tokens, {need / 1e6:.1f} MB of state; the engine has "
+            f"{self.budget_bytes / 1e6:.1f} MB (some {room} tokens): ask for fewer new tokens or give the engine more memory_bytes"
+        )
+
+    def _need(self, rows: int, span: int, wave: list[Ticket]) -> int:
+        """Bytes of the batch, and of what reading the prompts of `wave` holds beside it: shared prefixes, and forks to score texts."""
+        forks = min(SCORES_A_CALL, sum(len(ticket.request.score_texts) for ticket in wave))
+        families = sum(
+            place == 0 or common_length(wave[place - 1].prompt.identity, ticket.prompt.identity) < LEAST_SHARED_TOKENS
+            for place, ticket in enumerate(wave)
+        )
+        longest = rounded_span(max((len(ticket.prompt) for ticket in wave), default=0)) if span else 0
+        return self.cost.bytes(rows, span) + self.cost.bytes(families + forks, longest)
+
+    @torch.inference_mode()
+    def sweep(self) -> None:
+        """Take in what arrived, and out what was cancelled."""
+        while self.arrivals:
+            self.waiting.append(self.arrivals.popleft())
+        for ticket in [ticket for ticket in self.waiting if ticket.is_cancelled]:
+            self.waiting.remove(ticket)
+            ticket.finish("cancelled")
+        for ticket in self.running:
+            if ticket.is_cancelled:
+                ticket.finish("cancelled")
+        self._release()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admit, read, and decode one token for each. An error of the model becomes the answer of those it hit."""
+        self.steps += 1
+        self.sweep()
+        wave = self._admit()
+        if wave:
+            self._read(wave)
+        if self.running:
+            self._decode()
+
+    def _admit(self) -> list[Ticket]:
+        """Who may join now, in order of arrival. Nobody overtakes: a long request that waits for memory is not starved by short ones."""
+        wave: list[Ticket] = []
+        tokens = 0
+        limit = TOKENS_A_STEP["cuda" if self.decoder.weight.is_cuda else "cpu"]
+        span = max((rounded_span(ticket.most_tokens) for ticket in self.running), default=0)
+        for ticket in self.waiting:
+            rows = len(self.running) + len(wave) + 1
+            new = len(ticket.prompt) - (common_length(wave[-1].prompt.identity, ticket.prompt.identity) if wave else 0)
+            wider = max(span, rounded_span(ticket.most_tokens))
+            too_much = self._need(rows, wider, [*wave, ticket]) > self.budget_bytes
+            if rows > self.most_rows or (wave and tokens + new > limit) or (too_much and rows > 1):
+                break
+            wave.append(ticket)
+            tokens, span = tokens + new, wider
+        if len(wave) < len(self.waiting) and self.running and len(wave) < self.most_rows // 4 and tokens < limit // 2:
+            return []  # many wait and few fit: reading a handful at a time would cost more than it fills
+        for ticket in wave:
+            self.waiting.popleft()
+            ticket.admit()
+        return wave
+
+    def _read(self, wave: list[Ticket]) -> None:
+        rows = list(range(len(self.running), len(self.running) + len(wave)))
+        try:
+            left = self._reserve(wave)
+            logits = self.prefill.read(wave, self.slots, rows, left)
+            tokens = self.choose(logits, wave)
+        except Exception as error:  # out of memory, a tile that cannot be encoded: the others go on
+            if self.slots is not None:
+                self.slots.scrub([row for row in rows if row < self.slots.rows])
+            if len(wave) > 1:
+                for ticket in wave:
+                    self._read([ticket])
+            else:
+                wave[0].fail(_said_by(error))
+            return
+        except BaseException as error:  # Ctrl-C: nobody may wait for these any more
+            for ticket in wave:
+                ticket.fail(_said_by(error))
+            raise
+        self.running += wave
+        self._take(wave, tokens)
+
+    def _reserve(self, wave: list[Ticket]) -> int:
+        """Buffers for all that run and `wave`, with room for more where the budget allows; returns the bytes that are left."""
+        rows = len(self.running) + len(wave)
+        span = max(rounded_span(ticket.most_tokens) for ticket in [*self.running, *wave])
+        extra = self._need(0, span, wave)
+        roomy = min(1 << (rows - 1).bit_length(), max(self.most_rows, rows))
+        if self.slots is not None:
+            roomy, longer = max(roomy, self.slots.rows), max(span, self.slots.span)
+        else:
+            longer = span
+        shapes = [(roomy, longer), (rows, longer), (roomy, span), (rows, span)]
+        chosen = next((shape for shape in shapes if self.cost.bytes(*shape) + extra <= self.budget_bytes), shapes[-1])
+        if self.slots is None:
+            self.slots = self.decoder.slots(*chosen)
+        elif chosen != (self.slots.rows, self.slots.span):
+            self.slots.grow(*chosen)
+        return self.budget_bytes - self.cost.bytes(*chosen)
+
+    def _decode(self) -> None:
+        running = self.running
+        counts = self.slots.counts[: len(running)]
+        span = max(counts) + 1
+        try:
+            tokens = torch.tensor([ticket.said[-1] for ticket in running], device=self.decoder.weight.device)
+            run = self.decoder.decode if self.graphs is None else self.graphs.decode
+            logits = self.prefill.mask(run(tokens, self.slots, span, even=min(counts) == span - 1))
+            self.slots.advance(list(range(len(running))), [1] * len(running))
+            chosen = self.choose(logits, running)
+        except BaseException as error:
+            # The rows are half written: none of them can go on.
+            for ticket in running:
+                ticket.fail(_said_by(error))
+            self.running = []
+            self.slots = None
+            if not isinstance(error, Exception):
+                raise
+            return
+        self._take(running, chosen)
+
+    def choose(self, logits, tickets):
+        """The next token of each; apart so that tests can speak for the model."""
+        return choose_tokens(logits, tickets)
+
+    def _take(self, tickets: list[Ticket], tokens: list[int | None]) -> None:
+        for ticket, token in zip(tickets, tokens, strict=True):
+            ticket.take(token)
+        self._release()
+
+    def _release(self) -> None:
+        """Free the rows of requests that are over, and close the gaps with the last rows."""
+        over = [row for row, ticket in enumerate(self.running) if ticket.answer is not None]
+        if not over:
+            return
+        for row in over:
+            if self.running[row].answer.stop_reason == "error":
+                self.slots.scrub([row])
+            elif self.running[row].keep:
+                self._keep(self.running[row], row)
+        left = len(self.running) - len(over)
+        holes = [row for row in over if row < left]
+        movers = [row for row in range(left, len(self.running)) if self.running[row].answer is None]
+        self.slots.fork(self.slots, movers, holes)
+        for hole, row in zip(holes, movers, strict=True):
+            self.running[hole] = self.running[row]
+        del self.running[left:]
+        self.slots.vacate(range(left, left + len(over)))
+
+    def _keep(self, ticket: Ticket, row: int) -> None:
+        """Keep the state behind what was read of the conversation, for its next turn."""
+        read = self.slots.counts[row]
+        said = ticket.said[: read - len(ticket.prompt)]
+        state = self.decoder.slots(1, read)
+        if self.prefill.kept.wants(state.size_bytes()):
+            state.fork(self.slots, [row], [0])
+            self.prefill.kept.keep(np.concatenate([ticket.prompt.identity, np.array(said, dtype=np.int64)]), state)
