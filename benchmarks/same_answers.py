@@ -2,9 +2,9 @@
 
     python benchmarks/same_answers.py --model runs/quickstart/model --data runs/quickstart/scenes/heldout/vqav2
 
-A mix: 2 to 40 requests of random pictures, texts, lengths and turns, greedy or drawn with a seed; some arrive late, some are cancelled, some
-continue a kept conversation; batch size and memory are random too. Alone: a fresh engine that has read nothing else. Where an answer
-differs, the gap between the two best logits at the first different token is stated; below 1e-3 rounding may decide.
+A mix: 2 to 40 requests of random pictures, texts, lengths and turns, greedy or drawn with a seed; some arrive late, some are cancelled,
+some continue a kept conversation; batch size and memory are random too. Alone: a fresh engine that has read nothing else. Where an
+answer differs, the gap between the two best logits at the first different token is stated; below 1e-3 rounding may decide.
 Writes benchmarks/results/same_answers.{md,json}.
 """
 

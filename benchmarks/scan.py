@@ -80,8 +80,8 @@ def page(result: dict) -> str:
         "# The Mamba-2 scan beside transformers' fallback",
         "",
         f"{result['machine']}, {result['threads']} threads, torch {result['torch']}, transformers {result['transformers']}, Python "
-        f"{result['python']}. In each cell: ours / transformers' `mamba2_chunk_scan`, same tensors, passes in turn, medians. Memory is the "
-        "peak of forward and backward above the inputs.",
+        f"{result['python']}. In each cell: ours / transformers' `mamba2_chunk_scan`, same tensors, passes in turn, the fastest of each. "
+        "Memory is the peak of forward and backward above the inputs.",
     ]
     for part in result["parts"]:
         sizes = ", ".join(f"{value} {name}" for name, value in SHAPES[part["shape"]].items())
@@ -101,7 +101,7 @@ def page(result: dict) -> str:
             lines.append(f"Ours grows with the length to the power of {', '.join(exponents)} (from 1,024 positions on).")
         found = part["errors"]
         lines.append(
-            f"Error against the float64 recurrence at {ERROR_LENGTH} positions (largest difference over largest value, one group of heads): "
+            f"Against the float64 recurrence at {ERROR_LENGTH} positions (largest difference over largest value, one group of heads): "
             + "; ".join(f"{way} y {e['y']:.1e}, worst gradient {e['gradient']:.1e} (of {e['of']})" for way, e in found.items())
             + "."
         )

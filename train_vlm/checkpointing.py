@@ -165,6 +165,16 @@ def reshaped(checkpoint: Path) -> Path:
     return folder
 
 
+def _mend_universal(optimizer, groups: list[dict]) -> None:
+    """Undo two things that DeepSpeed 0.19 does when it loads its universal format under ZeRO-3: every group gets the settings of the first
+    (its weight decay, too), and all parameters share one step counter, which then counts once for each of them."""
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
 def load_checkpoint(engine, checkpoint: Path, ranks_then: int, *, engine_folder: Path | None = None) -> None:
     """Put weights, optimizer, buffers and random states back; every rank calls it, after `deepspeed.initialize`.
 
@@ -172,11 +182,13 @@ def load_checkpoint(engine, checkpoint: Path, ranks_then: int, *, engine_folder:
     random states begin anew from the seed.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
     found, _ = engine.load_checkpoint(
         str(engine_folder or checkpoint), tag=ENGINE, load_module_strict=False, load_optimizer_states=True, load_lr_scheduler_states=False
     )
     if found is None:
         raise ValueError(f"DeepSpeed finds no state in {checkpoint}")
+    _mend_universal(engine.optimizer, groups)
     own = torch.load(checkpoint / f"rank-{rank % ranks_then}.pt", map_location="cpu", weights_only=False)
     buffers = dict(engine.module.named_buffers())
     for name, value in own["buffers"].items():

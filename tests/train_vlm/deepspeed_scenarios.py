@@ -1,10 +1,11 @@
 """Many DeepSpeed runs in one process (starting one costs ten seconds): started by test_trainer.py on two ranks, writes what it saw as JSON.
 
-python -m torch.distributed.run --nproc_per_node 2 deepspeed_scenarios.py SHARDS MODEL OUT
+python -m torch.distributed.run --nproc_per_node 2 deepspeed_scenarios.py SHARDS MODEL OUT KILLED
 """
 
 import copy
 import json
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -14,13 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+import train_vlm.trainer as training_loop
+from projector import Projector
 from train_vlm.batching import MicroBatchPositions, pack
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups
 from train_vlm.ranks import start_deepspeed, sum_over_ranks
-from train_vlm.recipe import Data, Parts, Recipe, Run, Source
+from train_vlm.recipe import Data, Optimizer, Parts, Recipe, Run, Source, load_recipe
 from train_vlm.trainer import full_state_dict, train
-from train_vlm.training_step import train_step
-from vlm.checkpoint import load_model
+from train_vlm.training_step import NotFiniteError, train_step
+from vlm.checkpoint import load_model, save_model
 
 STEPS, BATCH = 3, 8
 ALL = Parts(vision_encoder=5e-4, projector=1e-3, language_model=1e-3)
@@ -117,7 +120,86 @@ class Bench:
         return result
 
 
-def main(shards: str, model_folder: str, out: str) -> None:
+class Killed(BaseException):
+    """Stands for kill -9 where the process has to live on: nothing between it and the last checkpoint may be saved."""
+
+
+def read_log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out.with_name(out.name + ".log") / "log.jsonl").read_text().splitlines()]
+
+
+def run_recipe(out: Path, shards: str, model: str, *, kind="adamw", **run) -> Recipe:
+    settings = {"steps": 6, "zero_stage": 3, "log_every": 1, "threads_per_rank": 1, "save_every_steps": 2, "save_every_minutes": None}
+    return Recipe(
+        stage="sft", model=model, out=str(out), parts=ALL, optimizer=Optimizer(kind=kind), run=Run(**settings | run),
+        data=Data(sources=(Source(shards), Source(shards, weight=0.5)), heldout=(Source(shards),), heldout_samples=5, batch_samples=4,
+                  workers=0, max_skipped_percent=50),
+    )  # fmt: skip
+
+
+def cut_and_whole(bench: Bench, folder: Path, shards: str, model: str, **settings) -> dict:
+    """A run, and the same one that is stopped in its sixth step and started again: their logs and final weights."""
+    whole, cut = (run_recipe(folder / name, shards, model, **settings) for name in ("whole", "cut"))
+    train(replace(whole, run=replace(whole.run, heldout_every=3)))  # looking at the held-out loss must not move anything
+    real, calls = training_loop.train_step, []
+
+    def stopped(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+        return real(*arguments, **keywords)
+
+    training_loop.train_step = stopped
+    try:
+        train(cut)
+    except Killed:
+        pass
+    finally:
+        training_loop.train_step = real
+    left = sorted(path.name for path in Path(f"{cut.out}.checkpoints").iterdir()) if bench.rank == 0 else []
+    torch.distributed.barrier()
+    train(cut)
+    if bench.rank:
+        return {}
+    logs = [read_log(Path(recipe.out)) for recipe in (whole, cut)]
+    files = [(Path(recipe.out) / "model.safetensors").read_bytes() for recipe in (whole, cut)]
+    return {"logs": logs, "left": left, "weights_equal": files[0] == files[1], "out": str(cut.out)}
+
+
+class Poison(torch.autograd.Function):
+    """Passes values on, and a gradient that is not finite back."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+def bad_step(bench: Bench, recipe: Recipe, *, gradient: bool) -> dict:
+    """A run that must stop: its message, and what the autopsy says. With `gradient`, from the third step on only gradients are bad."""
+    real = Projector.forward
+    calls = []
+
+    def poisoned(self, features):
+        calls.append(1)
+        return Poison.apply(real(self, features)) if len(calls) > 2 else real(self, features)
+
+    if gradient:
+        Projector.forward = poisoned
+    try:
+        train(recipe)
+    except NotFiniteError as error:
+        (folder,) = Path(f"{recipe.out}.log").glob("autopsy-*")
+        return {"message": str(error), "autopsy": json.loads((folder / "autopsy.json").read_text()), "folder": str(folder)}
+    finally:
+        Projector.forward = real
+    return {}
+
+
+def main(shards: str, model_folder: str, out: str, killed: str) -> None:
     warnings.filterwarnings("ignore")
     bench = Bench(model_folder)
     plain, weights = bench.plain_loop(ALL)
@@ -136,9 +218,28 @@ def main(shards: str, model_folder: str, out: str) -> None:
     results["nothing_on_rank_1"] = bench.run(ALL, samples=half, zero_stage=3)
     results["nothing_at_all"] = bench.run(ALIGN, samples=[skipped] * len(half), zero_stage=2)
 
-    run = Recipe(stage="sft", model=model_folder, out=f"{out}/model", data=Data(sources=(Source(shards),), batch_samples=4, workers=0),
-                 parts=ALL, run=Run(steps=2, zero_stage=3, log_every=1, threads_per_rank=1))  # fmt: skip
-    train(run)
+    for name, settings in {"muon_zero0": {"kind": "muon", "zero_stage": 0}, "zero3": {"zero_stage": 3}}.items():
+        results[f"resumed_{name}"] = cut_and_whole(bench, Path(out, name), shards, model_folder, **settings)
+
+    # What one process left when it was killed goes on here, on two ranks.
+    on_two = replace(load_recipe(f"{killed}.yaml"), out=f"{out}/on_two")
+    if bench.rank == 0:
+        shutil.copytree(f"{killed}.left", f"{out}/on_two.checkpoints")
+    torch.distributed.barrier()
+    train(on_two)
+
+    broken = copy.deepcopy(bench.model)
+    with torch.no_grad():
+        broken.language_model.model.layers[2].mixer.in_proj.weight[3, 4] = float("inf")
+    if bench.rank == 0:
+        save_model(broken, bench.processor, Path(out, "broken"))
+    torch.distributed.barrier()
+    off = {"save_every_steps": None, "steps": 9}
+    recipe = run_recipe(Path(out, "bad_loss"), shards, f"{out}/broken", **off)
+    results["bad_loss"] = bad_step(bench, recipe, gradient=False)
+    for stage in (0, 2):
+        recipe = run_recipe(Path(out, f"bad_gradient{stage}"), shards, model_folder, zero_stage=stage, **off)
+        results[f"bad_gradient{stage}"] = bad_step(bench, recipe, gradient=True)
     if bench.rank == 0:
         Path(out, "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

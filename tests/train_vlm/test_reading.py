@@ -126,7 +126,7 @@ def test_tiles_are_limited_by_source_and_by_length(shards, tiny_processor):
 
 
 def test_what_is_too_long_is_skipped_with_a_reason(stream):
-    reasons = {stream(("a", 1.0), max_tokens=8)[position]["skipped"] for position in range(13)}
+    reasons = {stream(("a", 1.0), max_tokens=3)[position]["skipped"] for position in range(13)}
     assert reasons == {"too long"}
 
 

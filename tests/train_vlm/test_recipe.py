@@ -120,5 +120,5 @@ def test_bfloat16_without_zero_is_refused(write):
 def test_the_settings_for_deepspeed_follow_the_recipe(write):
     config = load_recipe(write(GOOD), ["run.zero_stage=3", "run.precision=bfloat16", "optimizer.clip=0.5"]).deepspeed_config(2)
     assert config["zero_optimization"]["stage"] == 3 and config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
-    assert config["bf16"] == {"enabled": True} and config["gradient_clipping"] == 0.5
+    assert config["bf16"]["enabled"] is True and config["gradient_clipping"] == 0.5
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}

@@ -5,9 +5,12 @@ All DeepSpeed runs on two ranks share one pair of processes: see deepspeed_scena
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
+from train_vlm.autopsy import main as main_autopsy
 from train_vlm.launching import run_program
 from train_vlm.progress import learning_rate_share
 from train_vlm.shards import convert
@@ -33,16 +37,13 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
+def environment() -> dict:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    return own | QUIET | {"MASTER_PORT": free_port()}
+
+
 def launch(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    return subprocess.run(
-        [sys.executable, *command],
-        env=environment | QUIET | {"MASTER_PORT": free_port()},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return subprocess.run([sys.executable, *command], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +66,44 @@ def inputs(tmp_path_factory):
     return folder
 
 
+STEPS = 40
+
+
 @pytest.fixture(scope="module")
-def seen(inputs, tmp_path_factory):
+def killed(inputs, tmp_path_factory):
+    """A run as a user starts it, reading in a worker process; and the same one, killed without warning and started again.
+
+    Returns its folder, with the models `whole` and `killed`, `killed.yaml`, and in `killed.left` the checkpoints at the kill.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    content = {
+        "stage": "sft", "model": str(inputs / "model"), "out": str(folder / "killed"),
+        "data": {"sources": [{"shards": str(inputs / "shards")}], "batch_samples": 4, "max_skipped_percent": 50, "workers": 1},
+        "parts": {"vision_encoder": None, "projector": 1e-3, "language_model": 1e-3},
+        "run": {"steps": STEPS, "log_every": 1, "save_every_steps": 3, "save_every_minutes": None, "threads_per_rank": 1},
+    }  # fmt: skip
+    (folder / "killed.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "train_vlm/sft.py", "--recipe", str(folder / "killed.yaml"), "--local_rank=0"]
+    log = folder / "killed.log" / "log.jsonl"
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and (not log.is_file() or log.read_bytes().count(b"\n") < 8):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    shutil.copytree(folder / "killed.checkpoints", folder / "killed.left")
+    runs = {"killed": launch(*command[1:]), "whole": launch(*command[1:], f"out={folder / 'whole'}")}
+    for run in runs.values():
+        assert run.returncode == 0, run.stderr[-4000:]
+    return folder, runs
+
+
+@pytest.fixture(scope="module")
+def seen(inputs, killed, tmp_path_factory):
     """Results of all scenarios, and the folder in which they were written."""
     out = tmp_path_factory.mktemp("scenarios")
     script = str(Path(__file__).with_name("deepspeed_scenarios.py"))
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), script]
-    process = launch(*command, str(inputs / "shards"), str(inputs / "model"), str(out))
+    process = launch(*command, str(inputs / "shards"), str(inputs / "model"), str(out), str(killed[0] / "killed"), timeout=280)
     if process.returncode != 0:
         pytest.fail("\n".join(line for line in process.stderr.splitlines() if "rank0" in line)[-3000:], pytrace=False)
     return json.loads((out / "results.json").read_text()), out
@@ -116,15 +148,93 @@ def test_a_rank_without_a_usable_sample_does_not_stop_the_others(seen):
     assert results["nothing_at_all"]["losses"] == [0.0] * 3 and results["nothing_at_all"]["tokens"] == [0] * 3
 
 
-def test_a_run_under_zero3_leaves_a_whole_model_and_the_account_of_all_ranks(seen, inputs):
-    """Sharded weights saved by one rank would be empty tensors; and half of the skipped samples would be missing from the summary."""
-    _, out = seen
-    model, _ = load_model(out / "model")
+def test_the_norm_of_the_gradient_is_the_same_on_every_stage(seen):
+    """Without ZeRO it is ours, with it DeepSpeed's; clipped norms, or norms of one rank's part, would differ."""
+    results, _ = seen
+    for name in ("zero1", "zero2", "zero3", "micro4_zero3"):
+        assert results[name]["norms"] == pytest.approx(results["zero0"]["norms"], rel=1e-3)
+    assert results["zero0"]["norms"][0] > 1.0  # above the clip
+
+
+@pytest.mark.parametrize("name", ["resumed_muon_zero0", "resumed_zero3"])
+def test_a_run_stopped_in_a_step_goes_on_to_the_last_bit(seen, name):
+    """Two ranks, two sources, two epochs. Momentum left out, a random state, a position off by one: each changes a loss."""
+    results, _ = seen
+    result = results[name]
+    whole, cut = result["logs"]
+    assert result["left"] == ["step-00000002", "step-00000004"] and result["weights_equal"]
+    for key in ("step", "loss", "smooth_loss", "gradient_norm", "supervised_tokens", "lr/projector", "stream"):
+        assert [line[key] for line in whole] == [line[key] for line in cut]
+    assert "heldout_loss" in whole[2] and whole[2]["heldout_loss"] > 1 and "heldout_loss" not in cut[2]
+    assert {"loss/shards", "loss/shards-2"} <= {key for line in whole for key in line}
+
+
+def test_a_run_leaves_a_whole_model_and_the_account_of_all_ranks(seen, inputs):
+    """Sharded weights saved by one rank would be empty tensors; and half of the skipped samples would be missing from the account."""
+    results, _ = seen
+    out = Path(results["resumed_zero3"]["out"])
+    model, _ = load_model(out)
     before, _ = load_model(inputs / "model")
     assert all(a.shape == b.shape for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True))
     assert not torch.equal(model.projector.linear_1.weight, before.projector.linear_1.weight)
-    summary = json.loads((out / "model.log" / "summary.json").read_text())
-    assert summary["steps"] == 2 and summary["ledger"]["seen"] == {"0": 8} and summary["ledger"]["skipped"] == {"0: broken": 1}
+    summary = json.loads((out.with_name("cut.log") / "summary.json").read_text())
+    rows = summary["ledger"]["sources"]
+    assert (summary["steps"], summary["starts"]) == (6, 2) and [row["seen"] for row in rows] == [16, 8]
+    assert [row["broken"] for row in rows] == [2, 1] and summary["heldout_loss"] > 0
+    assert (out.with_name("cut.log") / "report.html").is_file()
+
+
+def test_a_killed_run_goes_on_to_the_last_bit(killed):
+    """kill -9 while it trains and reads in another process; the same command again ends with the same bytes."""
+    folder, runs = killed
+    whole, again = ([json.loads(line) for line in (folder / f"{name}.log" / "log.jsonl").read_text().splitlines()] for name in runs)
+    for key in ("step", "loss", "gradient_norm", "lr/projector", "stream"):
+        assert [line[key] for line in whole] == [line[key] for line in again]
+    assert len(whole) == STEPS and "going on from" in runs["killed"].stdout and "going on from" not in runs["whole"].stdout
+    assert (folder / "whole" / "model.safetensors").read_bytes() == (folder / "killed" / "model.safetensors").read_bytes()
+    ledgers = [json.loads((folder / name / "training.json").read_text())["ledger"] for name in runs]
+    assert ledgers[0] == ledgers[1] and ledgers[0]["sources"][0]["seen"] == 4 * STEPS and ledgers[0]["sources"][0]["broken"] == STEPS // 2
+
+
+def test_another_number_of_ranks_reads_the_same_samples(seen, killed):
+    """One process was killed, two go on: the hash over all steps' samples is that of the whole run, the losses are its to float32's noise.
+
+    DeepSpeed has to lay out the optimizer anew for it, and loses weight decay and step counters on the way (checkpointing.py).
+    """
+    _, out = seen
+    lines, whole = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (out / "on_two.log" / "log.jsonl", killed[0] / "whole.log" / "log.jsonl")
+    )
+    first = lines[0]["step"]
+    assert lines[-1]["stream"] == whole[-1]["stream"] and 3 < first < STEPS and len(lines) == STEPS - first + 1
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole[first - 1 :]], rel=1e-3)
+
+
+def test_a_bad_loss_stops_the_run_with_its_cause(seen):
+    """One infinite weight in the third layer, ZeRO-3: the layer is named, and the samples, on both ranks."""
+    results, out = seen
+    found = results["bad_loss"]
+    assert "the loss is nan" in found["message"] and "at step 1" in found["message"]
+    assert "language_model.model.layers.2.mixer.in_proj" in found["message"] and "-m train_vlm.autopsy" in found["message"]
+    ranks = found["autopsy"]["ranks"]
+    assert len(ranks) == 2 and all(entries[0]["samples"][0]["tiles"] > 0 for entries in ranks)
+    assert all(len(ranges["dt"]) == 2 and ranges["A"][1] < 0 for ranges in ranks[0][0]["scan"].values())
+    assert not (out / "bad_loss").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_bad_gradient_stops_the_run_before_it_reaches_the_weights(seen, stage, capsys):
+    """The projector's gradient turns infinite in step 3. The weights in the autopsy are those after step 2, and the replay is finite
+    where nothing is wrong with the model itself."""
+    results, _ = seen
+    found = results[f"bad_gradient{stage}"]
+    assert "at step 3" in found["message"] and "the norm of the gradient" in found["message"]
+    assert "vision_encoder" in found["autopsy"]["first_bad"] and "gradient" in found["autopsy"]["first_bad"]
+    model, _ = load_model(Path(found["folder"]) / "model")
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert main_autopsy([found["folder"], "--rank", "1"]) == 0
+    assert "everything is finite here" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -142,18 +252,20 @@ def recipe(inputs, tmp_path):
     return recipe
 
 
-def test_the_program_trains_logs_and_saves(recipe, tmp_path):
-    """As a user starts it, reading in a worker process."""
-    process = launch("train_vlm/sft.py", "--recipe", recipe(), "run.steps=3", "--local_rank=0", "data.workers=1")
-    assert process.returncode == 0, process.stderr[-4000:]
+def test_the_program_trains_logs_and_saves(killed):
+    """As a user starts it."""
+    folder, runs = killed
+    process = runs["whole"]
     assert "Traceback" not in process.stderr and "Warning" not in process.stderr, process.stderr
-    assert "frozen" in process.stdout and "3 steps in" in process.stdout
-    log = [json.loads(line) for line in (tmp_path / "out.log" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [1, 2, 3] and log[2]["loss"] < log[0]["loss"]
-    assert {"loss", "lr/projector", "lr/language_model", "seconds", "supervised_tokens", "gradient_norm"} <= log[0].keys()
-    assert list((tmp_path / "out.log" / "tensorboard").glob("events*"))
-    assert json.loads((tmp_path / "out.log" / "summary.json").read_text())["steps"] == 3
-    model, _ = load_model(tmp_path / "out")
+    assert "frozen" in process.stdout and f"{STEPS} steps in" in process.stdout and "broken: " in process.stdout
+    log = [json.loads(line) for line in (folder / "whole.log" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [*range(1, STEPS + 1)] and log[2]["loss"] < log[0]["loss"]
+    expected = {"loss", "loss/shards", "lr/projector", "lr/language_model", "seconds", "supervised_tokens", "gradient_norm",
+                "tokens_per_second", "tiles_per_second", "mfu_percent", "waiting_percent", "memory_gb"}  # fmt: skip
+    assert expected <= log[0].keys() and all(0 < line["mfu_percent"] < 100 for line in log)
+    assert list((folder / "whole.log" / "tensorboard").glob("events*"))
+    assert json.loads((folder / "whole.log" / "summary.json").read_text())["steps"] == STEPS
+    model, _ = load_model(folder / "whole")
     assert not model.training
 
 

@@ -44,10 +44,12 @@ class Scheduler:
 
     def refusal(self, ticket: Ticket) -> str | None:
         """Why this request can never be answered, or None."""
-        need = self._need(1, rounded_span(ticket.most_tokens), [ticket])
+        # Prefixes are shared where there is room for their states; a request alone needs none.
+        forks = self._forks([ticket])
+        need = self.cost.bytes(1 + forks, rounded_span(ticket.most_tokens))
         if need <= self.budget_bytes:
             return None
-        room = max(0, self.budget_bytes - self._need(1, 0, [ticket])) // max(2 * self.cost.token_bytes, 1)
+        room = max(0, self.budget_bytes - self.cost.bytes(1 + forks, 0)) // max((1 + forks) * self.cost.token_bytes, 1)
         return (
             f"prompt and answer may take {ticket.most_tokens} tokens, {need / 1e6:.1f} MB of state; the engine has "
             f"{self.budget_bytes / 1e6:.1f} MB (some {room} tokens): ask for fewer new tokens or give the engine more memory_bytes"
@@ -55,13 +57,16 @@ class Scheduler:
 
     def _need(self, rows: int, span: int, wave: list[Ticket]) -> int:
         """Bytes of the batch, and of what reading the prompts of `wave` holds beside it: shared prefixes, and forks to score texts."""
-        forks = min(SCORES_A_CALL, sum(len(ticket.request.score_texts) for ticket in wave))
         families = sum(
             place == 0 or common_length(wave[place - 1].prompt.identity, ticket.prompt.identity) < LEAST_SHARED_TOKENS
             for place, ticket in enumerate(wave)
         )
         longest = rounded_span(max((len(ticket.prompt) for ticket in wave), default=0)) if span else 0
-        return self.cost.bytes(rows, span) + self.cost.bytes(families + forks, longest)
+        return self.cost.bytes(rows, span) + self.cost.bytes(families + self._forks(wave), longest)
+
+    @staticmethod
+    def _forks(wave: list[Ticket]) -> int:
+        return min(SCORES_A_CALL, sum(len(ticket.request.score_texts) for ticket in wave))
 
     @torch.inference_mode()
     def sweep(self) -> None:
