@@ -6,6 +6,8 @@ import torch
 from vlm.assemble import assemble
 from vlm.chat_format import ChatFormat, chat_formats
 from vlm.chat_templates import reasoning_chat_format
+from vlm.engine import Engine, Request
+from vlm.engine.ticket import Ticket
 from vlm.processing import VLMProcessor
 from vlm.rendering import Renderer
 from vlm.small_tokenizer import train_small_tokenizer
@@ -220,3 +222,25 @@ def test_a_renderer_needs_every_mark_of_the_format(tiny_processor):
     )
     with pytest.raises(ValueError, match=r"lacks 2 needed tokens \(<SPECIAL_11>, <SPECIAL_12>"):
         Renderer(tiny_processor.tokenizer, chat, 4)
+
+
+def test_the_engine_switches_thinking_per_request(processor):
+    """Thoughts stand between their marks in the answer, also when cut short: nothing of them may score."""
+    model, plain = assemble("tiny")
+    fitting = VLMProcessor(plain.image_processor, processor.tokenizer, processor.renderer.chat_format, model.config.visual_tokens_per_tile)
+    engine = Engine(model, fitting)
+    question = [{"role": "user", "content": [{"type": "image", "image": blank()}, {"type": "text", "text": "What?"}]}]
+    on, off, habit = engine.generate([Request(question, max_new_tokens=6, thinking=thinking) for thinking in (True, False, None)])
+    assert [answer.error for answer in (on, off, habit)] == [None] * 3
+    assert on.text == habit.text and on.text.startswith("<think>") and not off.text.startswith("<think>")
+    assert strip_thinking(on.text) == "" and strip_thinking(off.text) == off.text
+    said = fitting.tokenizer.encode("hm</think>red", add_special_tokens=False)
+    ticket = Ticket(Request(question), engine._prompter.empty(), fitting.tokenizer, 0, keep=False, opened=True)
+    ticket.said = said
+    ticket.finish("end")
+    assert strip_thinking(ticket.answer.text) == "red"
+
+
+def test_the_engine_names_a_checkpoint_without_the_switch(tiny):
+    (answer,) = Engine(*tiny).generate([Request([USER], thinking=True)])
+    assert "has no thinking switch" in answer.error

@@ -25,7 +25,7 @@ class Check:
     ok: bool
 
     def line(self) -> str:
-        return f"{'ok  ' if self.ok else 'FAIL'}  {self.name:<44} {self.figure}"
+        return f"{'ok  ' if self.ok else 'FAIL'}  {self.name:<52} {self.figure}"
 
 
 def worst_position(found: Tensor, expected: Tensor) -> float:

@@ -49,7 +49,7 @@ def kernels(device: torch.device) -> Iterator[Check]:
         return
     yield Check("scan path", module.describe(device), True)
     for name, figure, ok in module.probe(device):
-        yield Check(f"kernel: {name}", str(figure), bool(ok))
+        yield Check(f"probe: {name}", str(figure), bool(ok))
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

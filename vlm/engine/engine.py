@@ -125,11 +125,18 @@ class Engine:
     def _submit(self, request: Request, *, keep: bool) -> Ticket:
         renderer = self.processor.renderer
         try:
-            prompt = self._prompter.prepare(request.messages, self.max_tokens)
+            prompt = self._prompter.prepare(request.messages, self.max_tokens, request.thinking)
             error = None
         except (ValueError, OSError) as found:
             prompt, error = self._prompter.empty(), str(found)
-        ticket = Ticket(request, prompt, self.processor.tokenizer, renderer.end_of_turn_id, keep=keep)
+        ticket = Ticket(
+            request,
+            prompt,
+            self.processor.tokenizer,
+            renderer.end_of_turn_id,
+            keep=keep,
+            opened=renderer.chat_format.starts_thinking(request.thinking),
+        )
         ticket._wait, ticket._sweep = self._wait, self._sweep
         error = error or self._scheduler.refusal(ticket)
         if error is not None:

@@ -97,17 +97,17 @@ class Prompter:
         """What stands in a ticket whose messages could not be prepared."""
         return Prompt([], np.zeros(0, dtype=np.int64), None, [], np.zeros(0, dtype=np.int64), 0, ())
 
-    def prepare(self, messages: list, max_tokens: int | None) -> Prompt:
+    def prepare(self, messages: list, max_tokens: int | None, thinking: bool | None = None) -> Prompt:
         """Raises ValueError / FileNotFoundError as `VLMProcessor.prepare`."""
         messages = normalize_messages(messages)
         pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
         keys = tuple(_picture_key(picture) for picture in pictures)
         known = self._recall(keys) if pictures and None not in keys else None
         if known is not None:
-            rendered = self.processor.renderer.render(messages, list(known.counts), add_generation_prompt=True)
+            rendered = self.processor.renderer.render(messages, list(known.counts), add_generation_prompt=True, thinking=thinking)
             if max_tokens is None or len(rendered.input_ids) <= max_tokens:
                 return self._prompt(messages, rendered, known)
-        prepared = self.processor.prepare(messages, max_tokens=max_tokens, add_generation_prompt=True)
+        prepared = self.processor.prepare(messages, max_tokens=max_tokens, add_generation_prompt=True, thinking=thinking)
         tiles = Tiles(prepared.pixels, digest_tiles(prepared.pixels), tuple(prepared.num_tiles))
         if pictures and None not in keys and not prepared.receipts:
             self._remember(keys, tiles, pictures)
@@ -131,7 +131,8 @@ class Prompter:
     def _prompt(self, messages: list[dict], rendered, tiles: Tiles) -> Prompt:
         ids, renderer = rendered.input_ids, self.processor.renderer
         has_system = messages[0]["role"] == "system" or renderer.chat_format.system is not None
-        first_turn = ids.index(renderer.end_of_turn_id) + 1 if has_system else 0
+        # Some formats end only answers with that token; there is then no cut behind the system turn.
+        first_turn = ids.index(renderer.end_of_turn_id) + 1 if has_system and renderer.end_of_turn_id in ids else 0
         identity = np.array(ids, dtype=np.int64)
         each = self.processor.visual_tokens_per_tile
         places = np.flatnonzero(identity == self.image_token_id)

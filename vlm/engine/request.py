@@ -12,6 +12,8 @@ class Request:
     messages: OpenAI-style; images as paths or Pillow images. max_new_tokens: longest answer in tokens. temperature: 0 is greedy.
     top_p: share of probability that is drawn from. seed: of this request's own draws; None takes one from torch's generator.
     stop: texts that end the answer. score_texts: texts whose log-probability as (the start of) the answer is wanted.
+    thinking: a reasoning checkpoint's switch, None is its own habit; its thoughts stand in the answer's text between `<think>` and
+    `</think>`, and `vlm.thinking.strip_thinking` takes them off.
     """
 
     messages: list
@@ -21,6 +23,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     score_texts: tuple[str, ...] = ()
+    thinking: bool | None = None
 
     def __post_init__(self):
         if self.max_new_tokens < 1:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..thinking import THINK_OPEN, decode_answer
 from .prompt import Prompt
 from .request import Answer, Request
 
@@ -17,7 +18,7 @@ class Ticket:
     The engine works while somebody waits for something: a ticket nobody waits for goes on when another one is waited for.
     """
 
-    def __init__(self, request: Request, prompt: Prompt, tokenizer, end_id: int, *, keep: bool):
+    def __init__(self, request: Request, prompt: Prompt, tokenizer, end_id: int, *, keep: bool, opened: bool = False):
         self.request, self.prompt, self.keep = request, prompt, keep
         self.said: list[int] = []
         self.text = ""
@@ -29,7 +30,7 @@ class Ticket:
         if request.temperature > 0:
             seed = request.seed if request.seed is not None else int(torch.randint(2**31, ()))
             self.generator = torch.Generator().manual_seed(seed % 2**63)
-        self._decode = tokenizer.decode
+        self._tokenizer, self._opened = tokenizer, opened  # opened: the prompt ends inside the thoughts
         self._end_id = end_id
         self._is_read_along = False
         self._submitted, self._admitted, self._first = time.monotonic(), None, None
@@ -96,7 +97,9 @@ class Ticket:
         return len(self.said) >= self.request.max_new_tokens and self.finish("length")
 
     def _decoded(self) -> str:
-        return self._decode(self.said, skip_special_tokens=True) if self.said else ""
+        if self._opened:
+            return THINK_OPEN + decode_answer(self._tokenizer, self.said)
+        return self._tokenizer.decode(self.said, skip_special_tokens=True) if self.said else ""
 
     def fail(self, error: str) -> bool:
         return self.finish("error", error)
