@@ -1,7 +1,7 @@
 """Peak memory of assembling a 4B-shaped model from random sharded checkpoints on disk, and of taking its decoder out again.
 
     python benchmarks/assemble.py                              writes benchmarks/results/assemble.{md,json}
-    python benchmarks/assemble.py --preset tiny --folder /tmp/x --out /tmp/x/result     a quick look
+    python benchmarks/assemble.py --preset tiny --folder checkpoints --out result     a quick look
 
 Needs about 20 GB of disk under --folder, which is removed afterwards. The checkpoints have the shapes, names and dtypes of the real ones
 (NVIDIA's format, bf16 with A_log, D and dt_bias in float32; InternViT-300M in OpenGVLab's); the values are one random block, repeated. Each

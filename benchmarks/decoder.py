@@ -1,7 +1,7 @@
 """The whole decoder, prefill and decoding, beside plain transformers (stock mixers, same weights) and a Transformer of the same size.
 
     python benchmarks/decoder.py                     writes benchmarks/results/decoder.{md,json}
-    python benchmarks/decoder.py --sizes tiny --rounds 1 --out /tmp/decoder
+    python benchmarks/decoder.py --sizes tiny --rounds 1 --out decoder-result
 
 Two sizes: the tiny preset, and a hybrid body of some 60 M parameters (width 512, 10 Mamba-2, 2 attention and 10 FFN layers). The
 Transformer is transformers' Llama of the same width, with as many layers as come nearest to the body's parameters; all weights are random.

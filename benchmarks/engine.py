@@ -1,7 +1,7 @@
 """Questions a second of the engine beside stock transformers `generate`, and what a token costs as the context grows.
 
     python benchmarks/engine.py                      writes benchmarks/results/engine.{md,json}
-    python benchmarks/engine.py --model tiny --rounds 2 --out /tmp/engine
+    python benchmarks/engine.py --model tiny --rounds 2 --out engine-result
 
 Same weights, threads, pictures (7 tiles each), questions and number of new tokens for all three ways; each in a process of its own, taking
 turns. The best of the rounds counts for everyone. Preparing the pictures is part of the time, for all. Stock left padding is a baseline

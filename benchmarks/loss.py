@@ -1,7 +1,7 @@
 """Peak memory and time of the loss on supervised positions beside full logits, forward and backward.
 
     python benchmarks/loss.py                       writes benchmarks/results/loss.{md,json}
-    python benchmarks/loss.py --vocabulary 8192 --out /tmp/loss
+    python benchmarks/loss.py --vocabulary 8192 --out loss-result
 
 One 13-tile sample: 3,400 positions, a vocabulary of 131,072, and as many answer tokens as a row says. "full logits" is what stock models
 do: logits of every position, shifted, cross-entropy with ignored labels; it costs the same for any number of answer tokens and is measured

@@ -1,7 +1,7 @@
 """Time, peak memory and error of the Mamba-2 scan beside transformers' own fallback, and how the time grows with the length.
 
     python benchmarks/scan.py                                   writes benchmarks/results/scan.{md,json}; some ten minutes on two cores
-    python benchmarks/scan.py --shapes tiny --lengths 256 1024 --seconds 1 --out /tmp/scan
+    python benchmarks/scan.py --shapes tiny --lengths 256 1024 --seconds 1 --out scan-result
 
 Each row is one process that runs both ways in turn on the same tensors, and one process for each figure of memory. A length whose fallback
 would not fit in the free memory is measured for ours alone, and the table says so.
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="positions, a row each")
-    parser.add_argument("--seconds", type=float, default=4.0, help="time for the passes of a row; four passes of each kind at least")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for the passes of a row; three passes of each kind at least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "scan")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)

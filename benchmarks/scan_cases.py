@@ -70,7 +70,8 @@ def run(scan, tensors: dict[str, Tensor], weights: Tensor, backward: bool) -> fl
 
 
 def times(shape: str, length: int, dtype: torch.dtype, ways: list[str], seconds: float) -> dict:
-    """Milliseconds of each way, forward and with backward: the fastest of passes taken in turn, for `seconds` or four times at least.
+    """Milliseconds of each way, forward and with backward: the fastest of passes taken in turn, for `seconds`, three times at least (twice from
+    8,192 positions on, where a pass of the fallback takes most of a minute).
 
     The fastest, because whatever else runs on the machine only adds.
     """
@@ -78,7 +79,8 @@ def times(shape: str, length: int, dtype: torch.dtype, ways: list[str], seconds:
     weights = torch.randn(tensors["x"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     taken: dict = {way: {"forward": [], "both": []} for way in ways}
     started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(taken[ways[0]]["both"]) < 4:
+    least = 3 if length < 8192 else 2
+    while time.perf_counter() - started < seconds or len(taken[ways[0]]["both"]) < least:
         for way in ways:
             for kind, backward in (("forward", False), ("both", True)):
                 taken[way][kind].append(run(way_of(way, shape), tensors, weights, backward))

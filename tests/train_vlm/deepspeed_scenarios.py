@@ -230,7 +230,7 @@ def main(shards: str, model_folder: str, out: str, killed: str) -> None:
 
     broken = copy.deepcopy(bench.model)
     with torch.no_grad():
-        broken.language_model.model.layers[2].mixer.in_proj.weight[3, 4] = float("inf")
+        broken.language_model.model.layers[3].mixer.in_proj.weight[3, 4] = float("inf")
     if bench.rank == 0:
         save_model(broken, bench.processor, Path(out, "broken"))
     torch.distributed.barrier()

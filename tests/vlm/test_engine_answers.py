@@ -64,7 +64,7 @@ def test_scores_are_the_log_probabilities_of_the_texts(engine, exact_model, tiny
         ids, pixels = inputs(tiny_processor, request)
         for text in request.score_texts:
             tokens = tiny_processor.renderer.encode_plain(text)
-            with torch.inference_mode():
+            with torch.no_grad():
                 logits = exact_model(
                     input_ids=torch.cat([ids, torch.tensor([tokens], dtype=torch.long)], dim=1), pixel_values=pixels
                 ).logits
@@ -94,7 +94,7 @@ def test_random_mixes_get_the_answers_of_single_runs(exact_model, tiny_processor
 
 
 def test_a_planted_leak_between_rows_is_seen_by_the_mixes(exact_model, tiny_processor, monkeypatch):
-    """Forks that copy the wrong row: the comparison must be able to fail."""
+    """Rows moved without their recurrent state: the comparison must be able to fail."""
     from vlm.decoder.slots import Slots
 
     spec = importlib.util.spec_from_file_location("same_answers", ROOT / "benchmarks" / "same_answers.py")
@@ -103,7 +103,13 @@ def test_a_planted_leak_between_rows_is_seen_by_the_mixes(exact_model, tiny_proc
     spec.loader.exec_module(module)
     sys.path[:] = before
     fork = Slots.fork
-    monkeypatch.setattr(Slots, "fork", lambda self, source, origins, targets: fork(self, source, origins[::-1], targets))
+
+    def forgets_the_state(self, source, origins, targets):
+        fork(self, source, origins, targets)
+        for tensor in self.ssm.values():
+            tensor[targets] = 0.0
+
+    monkeypatch.setattr(Slots, "fork", forgets_the_state)
     assert module.compare_mixes(exact_model, tiny_processor, PICTURES, mixes=1, seed=1)["wrong"]
 
 
