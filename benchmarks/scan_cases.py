@@ -70,8 +70,8 @@ def run(scan, tensors: dict[str, Tensor], weights: Tensor, backward: bool) -> fl
 
 
 def times(shape: str, length: int, dtype: torch.dtype, ways: list[str], seconds: float) -> dict:
-    """Milliseconds of each way, forward and with backward: the fastest of passes taken in turn, for `seconds`, three times at least (twice from
-    8,192 positions on, where a pass of the fallback takes most of a minute).
+    """Milliseconds of each way, forward and with backward: the fastest of passes taken in turn, for `seconds`, three times at least
+    (twice from 8,192 positions on, where a pass of the fallback takes most of a minute).
 
     The fastest, because whatever else runs on the machine only adds.
     """

@@ -114,7 +114,8 @@ def open_image(source) -> Image.Image:
             image.load()
             return to_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is not a readable image ({error}); expected a complete PNG, JPEG, WebP, ... file") from error
+        why = str(error).replace(repr(source), "its bytes")  # without an address in memory: the same fault, the same words
+        raise ValueError(f"{name} is not a readable image ({why}); expected a complete PNG, JPEG, WebP, ... file") from error
 
 
 def tile_image(

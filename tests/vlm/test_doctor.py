@@ -239,3 +239,12 @@ def test_a_line_holds_what_figure_and_verdict():
 def test_an_unknown_dtype_is_refused(patient):
     with pytest.raises(ValueError, match="the doctor knows"):
         list(examine(copy.deepcopy(patient[0]).to(torch.float8_e4m3fn), patient[1]))
+
+
+@pytest.mark.gpu
+def test_a_cuda_device_passes_with_its_kernels():
+    """Triton kernels where they are installed, other sums than the CPU's: the same checks hold in bfloat16."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, processor = small_model()
+    assert failed(examine(model.to("cuda", torch.bfloat16), processor)) == []
