@@ -11,7 +11,7 @@ float32 takes 8 ms; and both leave convolutions out. It needs whole matrices, so
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MuonAdamW", "is_muon_matrix", "orthogonalize"]
+__all__ = ["MuonAdamW", "is_muon_matrix", "orthogonalize", "share_out"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic, steepest at zero
 UNSUITED = ("embeddings", "lm_head", "conv1d")  # rows are words, or one filter a channel: not maps between spaces
@@ -32,6 +32,21 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if is_tall else x
+
+
+def _iteration_cost(matrix: Tensor) -> int:
+    """Multiplications of one Newton-Schulz iteration."""
+    rows, columns = sorted((matrix.shape[0], matrix[0].numel()))
+    return rows * rows * (2 * columns + rows)
+
+
+def share_out(costs: list[int], ranks: int) -> list[int]:
+    """The rank of each piece of work, so that the ranks finish together: the dearest first, each to the rank with the least so far."""
+    loads, owners = [0] * ranks, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
+        owners[number] = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[owners[number]] += costs[number]
+    return owners
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -74,13 +89,14 @@ class MuonAdamW(torch.optim.Optimizer):
         rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
         updates = torch.zeros(sum(p.numel() for _, p in pairs), dtype=torch.float32, device=pairs[0][1].device)
         pieces = updates.split([p.numel() for _, p in pairs])
-        for number, ((group, parameter), piece) in enumerate(zip(pairs, pieces, strict=True)):
+        owners = share_out([_iteration_cost(parameter) for _, parameter in pairs], ranks)
+        for owner, (group, parameter), piece in zip(owners, pairs, pieces, strict=True):
             state = self.state[parameter]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
             gradient = parameter.grad.float()
             state["momentum"].lerp_(gradient, 1.0 - group["momentum"])
-            if number % ranks == rank:
+            if owner == rank:
                 nesterov = gradient.lerp(state["momentum"], group["momentum"])
                 piece.copy_(orthogonalize(nesterov.flatten(1)).flatten())
         if ranks > 1:

@@ -31,7 +31,7 @@ __all__ = ["Step", "main", "plan", "run_steps"]
 
 RECIPES = Path(__file__).with_name("recipes")
 ROOT = Path(__file__).resolve().parent.parent
-OTHER_MINUTES = 4.2  # scenes, model, shards, start-ups, six evaluations and the report, on two cores
+OTHER_MINUTES = 3.5  # scenes, model, shards, start-ups, six evaluations and the report, on two cores
 SHARES = {"captions": 0.25, "align": 0.02, "sft": 0.73}  # of the training time
 TASKS = ("vqav2", "gqa", "vizwiz")
 # A narrow residual network with features every 8 px; from scratch it learns colours before a small ViT does (docs/decisions.md).

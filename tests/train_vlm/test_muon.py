@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups
-from train_vlm.muon import MuonAdamW, is_muon_matrix, orthogonalize
+from train_vlm.muon import MuonAdamW, is_muon_matrix, orthogonalize, share_out
 from train_vlm.recipe import Data, Optimizer, Parts, Recipe, RecipeError, Run, Source
 
 
@@ -68,3 +68,11 @@ def test_muon_with_sharded_or_bfloat16_matrices_is_refused():
     Recipe("sft", "m", "o", data, parts, Run(steps=1, zero_stage=0), muon)
     with pytest.raises(RecipeError, match="zero_stage to 0"):
         Recipe("sft", "m", "o", data, parts, Run(steps=1, zero_stage=2), muon)
+
+
+def test_work_is_shared_out_so_that_ranks_finish_together():
+    costs = [1, 9, 2, 8, 3, 7, 100]
+    owners = share_out(costs, 2)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(2)]
+    assert sorted(loads) == [30, 100]  # the dearest one alone
+    assert share_out([5, 5, 5, 5], 2).count(0) == 2 and share_out([3, 1], 1) == [0, 0]

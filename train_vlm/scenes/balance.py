@@ -33,16 +33,20 @@ VIZWIZ_SHARES = {kind: share * 0.81 for kind, share in SHARES.items()}
 VIZWIZ_SHARES |= {"number": 7.7, "word": 7.7, "unanswerable": 14.0, "unprinted": 13.2}  # 27 % have no answer
 # In training the kinds that take long to learn come more often, those that are learnt with the captions less.
 TRAIN_SHARES = SHARES | {
-    "presence": 11.0,
+    "presence": 10.0,
+    "existence": 8.0,
     "color": 6.0,
-    "shape": 8.0,
-    "count": 12.0,
-    "place": 11.0,
-    "comparison": 12.5,
+    "shape": 7.5,
+    "size": 7.0,
+    "count": 10.5,
+    "place": 9.0,
+    "comparison": 11.5,
     "number": 6.0,
     "word": 6.0,
-    "logic": 12.5,
+    "logic": 11.5,
     "region": 6.0,
+    "unanswerable": 6.5,
+    "unprinted": 6.0,
 }
 TRAIN_VIZWIZ_SHARES = {kind: share * 0.81 for kind, share in TRAIN_SHARES.items()} | {"unanswerable": 14.0, "unprinted": 11.0}
 GQA_SHARES = {kind: share for kind, share in SHARES.items() if kind not in ("unanswerable", "unprinted")}

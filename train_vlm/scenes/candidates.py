@@ -44,9 +44,9 @@ class SceneView:
         self.absent_shapes = [shape for shape in SHAPES if shape not in self.shapes]
         self.absent_colors = [color for color in COLORS if color not in self.colors]
         present = [(color, shape) for color in self.colors for shape in self.shapes if (color, shape) not in self.pairs]
-        half = [(color, shape) for color in self.colors for shape in self.absent_shapes]
-        half += [(color, shape) for color in self.absent_colors for shape in self.shapes]
-        self.absent_pairs = present or half  # the hardest there are
+        self.half_absent = [(color, shape) for color in self.colors for shape in self.absent_shapes]
+        self.half_absent += [(color, shape) for color in self.absent_colors for shape in self.shapes]
+        self.absent_pairs = present or self.half_absent  # the hardest there are
         self.print_of = {"number": scene.number, "word": scene.word}
         self._candidates: dict[str, list[Candidate]] = {}
 
@@ -85,13 +85,29 @@ def _presence(view: SceneView) -> list[Candidate]:
     for color, shape in view.pairs:
         ref = Ref(shape, color)
         found.append(Candidate("presence", "exist", "yes", "pair", ref, topics=view.looks(ref)))
-    found += [Candidate("presence", "exist", "no", "pair", ref) for ref in view.absent("pair")]
+    found += [Candidate("presence", "exist", "no", "pair", ref, topics=(("exist", ref),)) for ref in view.absent("pair")]
     for index, ref in view.unique("shape"):
         color = view.objects[index].color
         others = [other for other in view.colors if other != color] or [other for other in COLORS if other != color]
         for asked in [color, *others]:
             answer = "yes" if asked == color else "no"
             found.append(Candidate("presence", "is_color", answer, "shape", ref, c=asked, topics=(("look", index),)))
+    return found
+
+
+def _existence(view: SceneView) -> list[Candidate]:
+    """Presence with one thing to look for: a shape, a colour, or a pair of which half is nowhere. Training only: "is there a red circle"
+    among red things and circles, and all of logic, begin with these."""
+    found = []
+    for pattern, refs in (("shape", [Ref(shape) for shape in SHAPES]), ("color", [Ref(None, color) for color in COLORS])):
+        for ref in refs:
+            here = view.shapes[ref.shape] or view.colors[ref.color]
+            found.append(Candidate("existence", "exist", "yes" if here else "no", pattern, ref, topics=(("exist", ref),)))
+    for color, shape in view.pairs:
+        ref = Ref(shape, color)
+        found.append(Candidate("existence", "exist", "yes", "half", ref, topics=view.looks(ref)))
+    for ref in (Ref(shape, color) for color, shape in view.half_absent):
+        found.append(Candidate("existence", "exist", "no", "half", ref, topics=(("exist", ref),)))
     return found
 
 
@@ -273,6 +289,7 @@ def _unprinted(view: SceneView) -> list[Candidate]:
 
 CANDIDATES = {
     "presence": _presence,
+    "existence": _existence,
     "color": _color,
     "shape": _shape,
     "size": _size,

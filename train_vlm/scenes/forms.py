@@ -10,6 +10,7 @@ __all__ = ["KINDS", "UNANSWERABLE", "WORDINGS", "Ref", "article", "plural", "say
 
 KINDS = (
     "presence",
+    "existence",
     "color",
     "shape",
     "size",
@@ -22,7 +23,7 @@ KINDS = (
     "region",
     "unanswerable",
     "unprinted",
-)  # unanswerable: no such object; unprinted: no such number or word
+)  # existence: easy presence, in training only; unanswerable: no such object; unprinted: no such number or word
 UNANSWERABLE = "unanswerable"
 
 
