@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
+from transformers.models.nemotron_h import modeling_nemotron_h
 
 import vlm.decoder.gated_norm as gated_norm
 from vlm.decoder.gated_norm import GatedNorm
 
+# transformers 5.17 takes Zamba2's, later ones have their own.
+STOCK = getattr(modeling_nemotron_h, "NemotronHRMSNormGated", None) or modeling_nemotron_h.Zamba2RMSNormGated
 CHANNELS = 24
 
 
 def pair(groups: int, dtype=torch.float32):
     """The stock module with weights that are not ones, and ours with the same."""
     torch.manual_seed(0)
-    stock = NemotronHRMSNormGated(CHANNELS, CHANNELS // groups, eps=1e-5).to(dtype)
+    stock = STOCK(CHANNELS, CHANNELS // groups, eps=1e-5).to(dtype)
     with torch.no_grad():
         stock.weight.uniform_(0.5, 2.0)
     return stock, lambda y, gate: GatedNorm.apply(y, gate, stock.weight, groups, 1e-5)

@@ -9,6 +9,7 @@ import pytest
 
 from train_vlm.scenes import KINDS, caption, draw, make_scene, questions
 from train_vlm.scenes.balance import GQA_SHARES, SHARES, TRAIN_SHARES, VIZWIZ_SHARES, Balance
+from train_vlm.scenes.captions import PLACES, caption_by_color, place_of
 from train_vlm.scenes.drawing import INK_RGB, RGB
 from train_vlm.scenes.forms import UNANSWERABLE, WORDINGS
 from train_vlm.scenes.scene import COLORS, NUMBERS, SHAPES, SIZES, WORDS
@@ -69,6 +70,20 @@ def test_pixels_show_the_colours_of_the_scene(scenes):
                 left, top, width, height = (round(value) for value in printed.box)
                 box = pixels[top : top + height, left : left + width]
                 assert 0.2 < (abs(box - INK_RGB).sum(-1) < 120).mean() < 0.8
+
+
+def test_caption_by_color_tells_everything_once_in_the_order_of_the_colors(scenes):
+    """Parsed back, it gives the objects with their places and the printed text, and its colours never go back."""
+    for scene in scenes:
+        sentences = [re.fullmatch(r"(\w+): (.+)", text).groups() for text in caption_by_color(scene).rstrip(".").split(". ")]
+        told = Counter((said, *rest.split(" ", 2)) for said, rest in sentences if said in COLORS)
+        things = Counter((t.color, t.size, t.shape, PLACES[place_of(scene, t)]) for t in scene.objects)
+        assert told == things
+        order = [COLORS.index(said) for said, _ in sentences if said in COLORS]
+        assert order == sorted(order) and len(order) == len(scene.objects)
+        prints = {said: rest for said, rest in sentences if said not in COLORS}
+        for name, printed in (("number", scene.number), ("word", scene.word)):
+            assert prints.get(name) == (f"{printed.text} {PLACES[place_of(scene, printed)]}" if printed else None)
 
 
 def test_caption_tells_everything_once_in_reading_order(scenes):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from train_vlm.scenes import KINDS, caption, make_scene
+from train_vlm.scenes.captions import caption_by_color
 from train_vlm.scenes import build as build_module
 from train_vlm.scenes.__main__ import main, write_scenes
 from train_vlm.scenes.build import SETS, Chunk, build_chunk, build_sets, without_repeats
@@ -105,7 +106,8 @@ def test_llava_files_ask_eight_questions_a_picture_in_the_two_prompt_forms(folde
         assert all(turn["value"].endswith(short) for turn in turns[::2])
         assert len({turn["value"].endswith(vizwiz) for turn in turns[::2]}) == 1
         forms[turns[0]["value"].endswith(vizwiz)] += 1
-        assert described["conversations"][0] == {"from": "human", "value": "<image>\nDescribe the picture."}
+        by = " by color" if int(row["id"]) % 3 == 0 else ""
+        assert described["conversations"][0] == {"from": "human", "value": f"<image>\nDescribe the picture{by}."}
         assert described["conversations"][1]["from"] == "gpt" and described["conversations"][1]["value"].endswith(".")
     assert 0.15 < forms[True] / TRAIN < 0.55
     assert len(rows) == TRAIN
@@ -117,7 +119,8 @@ def test_captions_belong_to_their_pictures(folder):
         pictures |= {f"{picture.number:012d}": picture for picture in made}
     for row in read(folder, "train/captions.json"):
         picture = pictures[row["id"]]
-        assert row["conversations"][1]["value"] == caption(make_scene(picture.seed))
+        describe = caption_by_color if picture.number % 3 == 0 else caption
+        assert row["conversations"][1]["value"] == describe(make_scene(picture.seed))
         assert hashlib.sha256((folder / "train" / row["image"]).read_bytes()).hexdigest() == picture.sha256
 
 

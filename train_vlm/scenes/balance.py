@@ -33,19 +33,19 @@ VIZWIZ_SHARES = {kind: share * 0.81 for kind, share in SHARES.items()}
 VIZWIZ_SHARES |= {"number": 7.7, "word": 7.7, "unanswerable": 14.0, "unprinted": 13.2}  # 27 % have no answer
 # In training the kinds that take long to learn come more often, those that are learnt with the captions less.
 TRAIN_SHARES = SHARES | {
-    "presence": 10.0,
-    "existence": 8.0,
+    "presence": 9.0,
+    "existence": 7.0,
     "color": 6.0,
-    "shape": 7.5,
-    "size": 7.0,
-    "count": 10.5,
+    "shape": 13.0,
+    "size": 8.0,
+    "count": 9.0,
     "place": 9.0,
-    "comparison": 11.5,
+    "comparison": 10.5,
     "number": 6.0,
     "word": 6.0,
-    "logic": 11.5,
+    "logic": 10.0,
     "region": 6.0,
-    "unanswerable": 6.5,
+    "unanswerable": 8.0,
     "unprinted": 6.0,
 }
 TRAIN_VIZWIZ_SHARES = {kind: share * 0.81 for kind, share in TRAIN_SHARES.items()} | {"unanswerable": 14.0, "unprinted": 11.0}

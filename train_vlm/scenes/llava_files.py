@@ -7,11 +7,12 @@ for "unanswerable" in so many words.
 import json
 
 from train_vlm.scenes.build import Picture
-from train_vlm.scenes.captions import caption
+from train_vlm.scenes.captions import caption, caption_by_color
 
-__all__ = ["CAPTION_PROMPT", "SHORT_ANSWER", "VIZWIZ_SHORT_ANSWER", "llava_files"]
+__all__ = ["CAPTION_BY_COLOR_PROMPT", "CAPTION_PROMPT", "SHORT_ANSWER", "VIZWIZ_SHORT_ANSWER", "llava_files"]
 
 CAPTION_PROMPT = "Describe the picture."
+CAPTION_BY_COLOR_PROMPT = "Describe the picture by color."
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 VIZWIZ_SHORT_ANSWER = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT_ANSWER}"
 
@@ -23,7 +24,9 @@ def llava_files(pictures: list[Picture]) -> dict[str, str]:
     for picture in pictures:
         identity = f"{picture.number:012d}"
         head = {"id": identity, "image": picture.path.removeprefix("train/")}
-        captions.append({**head, "conversations": _turns([(CAPTION_PROMPT, caption(picture.scene))])})
+        is_by_color = picture.number % 3 == 0
+        described = (CAPTION_BY_COLOR_PROMPT, caption_by_color(picture.scene)) if is_by_color else (CAPTION_PROMPT, caption(picture.scene))
+        captions.append({**head, "conversations": _turns([described])})
         line = VIZWIZ_SHORT_ANSWER if picture.is_vizwiz else SHORT_ANSWER
         asked = [(f"{question.text}\n{line}", question.answer) for question in picture.questions]
         conversations.append({**head, "conversations": _turns(asked)})
