@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from train_vlm.scenes import KINDS, caption, make_scene
-from train_vlm.scenes.captions import caption_by_color
 from train_vlm.scenes import build as build_module
 from train_vlm.scenes.__main__ import main, write_scenes
 from train_vlm.scenes.build import SETS, Chunk, build_chunk, build_sets, without_repeats
+from train_vlm.scenes.captions import caption_by_color
 from train_vlm.scenes.dissent import best_constant
 from train_vlm.scenes.questions import QUESTION_TYPES
 from train_vlm.scenes.scene import NUMBERS, WORDS
