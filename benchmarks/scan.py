@@ -2,9 +2,11 @@
 
     python benchmarks/scan.py                                   writes benchmarks/results/scan.{md,json}; some ten minutes on two cores
     python benchmarks/scan.py --shapes tiny --lengths 256 1024 --seconds 1 --out scan-result
+    python benchmarks/scan.py --exactness 200                   float32 against float64 over random shapes: results/scan_exactness.{md,json}
 
 Each row is one process that runs both ways in turn on the same tensors, and one process for each figure of memory. A length whose fallback
-would not fit in the free memory is measured for ours alone, and the table says so.
+would not fit in the free memory, or longer than --longest-baseline, is measured for ours alone, and the table says so. Shapes and dtypes
+that a run leaves out stay in the result file as they were, if machine and versions are the same.
 """
 
 import argparse
@@ -22,6 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from scan_cases import SHAPES, errors, memory, times  # noqa: E402
+from scan_exactness import exactness, exactness_page  # noqa: E402
 
 from vlm.files import write_whole  # noqa: E402
 
@@ -49,12 +52,12 @@ def measure_rows(shape: str, dtype: str, options: argparse.Namespace, child) -> 
         ours = child("memory", shape, dtype, length, "ours", "both")["bytes"]
         row = {"length": length, "memory": {"ours": ours}}
         expected = needed * (length / rows[-1]["length"]) ** 1.2 if rows else 0.0  # its states grow with the square of the chunks
-        fits = expected < 0.8 * free_bytes()
+        fits = expected < 0.8 * free_bytes() and length <= options.longest_baseline
         if fits:
             needed = row["memory"]["transformers"] = child("memory", shape, dtype, length, "transformers", "both")["bytes"]
         else:
             needed = expected
-            row["left_out"] = f"the fallback would need about {expected / 1e9:.0f} GB"
+            row["left_out"] = f"fallback not run; it would need about {expected / 1e9:.0f} GB"
         row["times"] = child("times", shape, dtype, length, ",".join(WAYS if fits else WAYS[:1]))
         rows.append(row)
         print(shape, dtype, json.dumps(row), file=sys.stderr, flush=True)
@@ -105,7 +108,17 @@ def page(result: dict) -> str:
             + "; ".join(f"{way} y {e['y']:.1e}, worst gradient {e['gradient']:.1e} (of {e['of']})" for way, e in found.items())
             + "."
         )
-    return "\n".join([*lines, "", f"    {result['command']}", ""])
+        lines += ["", f"    {part['command']}"]
+    return "\n".join([*lines, ""])
+
+
+def earlier_parts(path: Path, result: dict) -> dict[str, dict]:
+    """What stands in the result file already, by shape and dtype; nothing if it comes from another machine or other versions."""
+    if not path.is_file():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    same = all(earlier.get(name) == result[name] for name in ("machine", "python", "torch", "transformers", "threads"))
+    return {f"{part['shape']} {part['dtype']}": part for part in earlier["parts"]} if same else {}
 
 
 def main() -> None:
@@ -113,9 +126,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="positions, a row each")
+    parser.add_argument("--longest-baseline", type=int, default=4096, help="positions; a pass of the fallback at 8,192 takes half a minute")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for the passes of a row; three passes of each kind at least")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "scan")
+    parser.add_argument("--out", type=Path, help="without ending; results/scan, or results/scan_exactness")
+    parser.add_argument("--exactness", type=int, metavar="N", help="measure errors over N random shapes, and nothing else")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -137,6 +152,7 @@ def main() -> None:
             raise SystemExit(f"{' '.join(map(str, arguments))}: {done.stderr.strip().splitlines()[-1:]}")
         return json.loads(done.stdout.splitlines()[-1])
 
+    out = options.out or HERE / "results" / ("scan_exactness" if options.exactness else "scan")
     result = {
         "command": " ".join(["python benchmarks/scan.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
@@ -146,15 +162,24 @@ def main() -> None:
         "threads": options.threads,
         "parts": [],
     }
+    if options.exactness:
+        result |= exactness(options.exactness)
+        write_whole(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+        write_whole(out.with_suffix(".md"), exactness_page(result))
+        print(exactness_page(result))
+        return
+    parts = earlier_parts(out.with_suffix(".json"), result)
     for shape in options.shapes:
         for dtype in options.dtypes:
             rows = measure_rows(shape, dtype, options, child)
             exponents = {kind: growth(rows, kind) for kind in ("forward", "both")}
             found = child("errors", shape, dtype, ERROR_LENGTH)
-            result["parts"].append({"shape": shape, "dtype": dtype, "rows": rows, "growth": exponents, "errors": found})
+            part = {"shape": shape, "dtype": dtype, "command": result["command"], "rows": rows, "growth": exponents, "errors": found}
+            parts[f"{shape} {dtype}"] = part
+            result["parts"] = [parts[name] for name in sorted(parts)]
             # After each part: a long run that is stopped leaves what it has.
-            write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-            write_whole(options.out.with_suffix(".md"), page(result))
+            write_whole(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+            write_whole(out.with_suffix(".md"), page(result))
     print(page(result))
 
 

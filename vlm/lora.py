@@ -13,6 +13,7 @@ one fused tensor; output head and embeddings.
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +24,10 @@ from .decoder.attention import HybridAttention
 from .decoder.mixer import Mamba2Mixer
 from .modeling import VisionLanguageModel
 
-__all__ = ["ALL_PROJECTIONS", "AdapterWatch", "Coverage", "add_lora", "coverage", "load_adapter", "merge_adapter", "save_adapter"]
+__all__ = [
+    "ALL_PROJECTIONS", "AdapterWatch", "Coverage", "adapted_layers", "add_lora", "coverage", "load_adapter", "merge_adapter",
+    "save_adapter", "take_off_adapters",
+]  # fmt: skip
 
 ALL_PROJECTIONS = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 LAYERS = "language_model.model.layers."
@@ -89,7 +93,7 @@ def add_lora(model: VisionLanguageModel, targets=None, *, rank: int = 16, alpha:
     peft = _peft()
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(f"found {rank = }, {alpha = }, {dropout = }; expected rank >= 1, alpha > 0, 0 <= dropout < 1")
-    if _adapted(model):
+    if adapted_layers(model):
         raise ValueError("the model already has adapters; merge or reload it first")
     targets = _present(model) if targets is None else [targets] if isinstance(targets, str) else list(targets)
     chosen = _resolve(model, targets)
@@ -100,7 +104,7 @@ def add_lora(model: VisionLanguageModel, targets=None, *, rank: int = 16, alpha:
     )
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
     _inject(model, config)
-    found = sorted(_adapted(model))
+    found = sorted(adapted_layers(model))
     assert found == sorted(chosen), f"peft adapted {len(found)} layers, {len(chosen)} were meant"
     return model
 
@@ -114,7 +118,7 @@ def _inject(model: VisionLanguageModel, config) -> None:
     model.lora_config = config
 
 
-def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{name: peft layer} of the layers that carry adapters."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
 
@@ -144,7 +148,7 @@ def coverage(model: VisionLanguageModel) -> list[Coverage]:
     rows: dict[str, list[int]] = {}
     for block in model.language_model.model.layers:
         row = rows.setdefault(_layer_type(block.mixer), [0, 0, 0, 0, 0])
-        adapted = _adapted(block.mixer)
+        adapted = adapted_layers(block.mixer)
         own = [(name, p.numel()) for name, p in block.mixer.named_parameters() if ".lora_" not in name]
         under = sum(count for name, count in own if any(name.startswith(f"{layer}.base_layer.") for layer in adapted))
         added = sum(p.numel() for name, p in block.mixer.named_parameters() if ".lora_" in name)
@@ -161,7 +165,9 @@ class AdapterWatch:
 
     def __init__(self, model: VisionLanguageModel):
         self._silent = {
-            f"{name} ({adapter})": weights.weight for name, layer in _adapted(model).items() for adapter, weights in layer.lora_B.items()
+            f"{name} ({adapter})": weights.weight
+            for name, layer in adapted_layers(model).items()
+            for adapter, weights in layer.lora_B.items()
         }
         if not self._silent:
             raise ValueError("the model has no adapters to watch; call add_lora first")
@@ -174,28 +180,37 @@ class AdapterWatch:
 
         return hook
 
-    def check(self) -> None:
-        """After the first backward pass; ends the watch. Raises ValueError that lists the adapters without a gradient."""
+    @property
+    def silent(self) -> list[str]:
+        """The adapters without a gradient so far."""
+        return sorted(self._silent)
+
+    def check(self, silent: list[str] | None = None) -> None:
+        """After the first backward pass; ends the watch. `silent`: those without a gradient on any rank (None: on this one).
+
+        Raises ValueError that lists them.
+        """
         for hook in self._hooks:
             hook.remove()
-        if self._silent:
-            names = sorted(self._silent)
+        names = self.silent if silent is None else silent
+        if names:
             raise ValueError(
                 f"{len(names)} adapters had no gradient in the first step: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}; "
                 "their layers do not run, or a fused kernel reads the weight past the adapter"
             )
 
 
-def save_adapter(model: VisionLanguageModel, folder: str | Path) -> Path:
+def save_adapter(model: VisionLanguageModel, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Write adapter_model.safetensors and adapter_config.json (peft's format) whole; an older folder is replaced.
 
-    Only the adapters: a projector that trained beside them belongs to the model folder. Raises ValueError when there are none.
+    `state_dict`: weights to take in place of the model's own (ZeRO-3 gathers them apart). Only the adapters: a projector that trained
+    beside them belongs to the model folder. Raises ValueError when there are none.
     """
     from safetensors.torch import save_file
 
-    if not _adapted(model):
+    if not adapted_layers(model):
         raise ValueError("the model has no adapters to save")
-    weights = {f"base_model.model.{key}": value.contiguous() for key, value in _peft().get_peft_model_state_dict(model).items()}
+    weights = {f"base_model.model.{key}": value.contiguous() for key, value in _peft().get_peft_model_state_dict(model, state_dict).items()}
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
@@ -226,7 +241,7 @@ def load_adapter(model: VisionLanguageModel, folder: str | Path) -> VisionLangua
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise FileNotFoundError(f"no adapter in {folder}; expected adapter_config.json and adapter_model.safetensors")
-    if _adapted(model):
+    if adapted_layers(model):
         raise ValueError("the model already has adapters; merge or reload it first")
     config = peft.LoraConfig.from_pretrained(str(folder))
     weights = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / "adapter_model.safetensors").items()}
@@ -250,11 +265,17 @@ def merge_adapter(model: VisionLanguageModel) -> VisionLanguageModel:
 
     Raises ValueError when there are none.
     """
-    adapted = _adapted(model)
+    adapted = adapted_layers(model)
     if not adapted:
         raise ValueError("the model has no adapters to merge")
-    for name, layer in adapted.items():
+    for layer in adapted.values():
         layer.merge()
+    return take_off_adapters(model)
+
+
+def take_off_adapters(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Put each adapted layer's own layer back in its place, with nothing added; returns the model, again without adapters."""
+    for name, layer in adapted_layers(model).items():
         model.set_submodule(name, layer.get_base_layer())
     for leftover in ("lora_config", "peft_config"):
         if hasattr(model, leftover):

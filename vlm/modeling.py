@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from projector import Projector
 from vision_encoders import build_vision_encoder
 
+from .adapter_names import refuse_adapters
 from .configuration import VLMConfig
 from .decoder.layers import run_layers, take_over_mixers
 from .decoder.layout import Layout
@@ -48,6 +49,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _is_stateful = True
     _no_split_modules = ["NemotronHBlock"]
+    # Searched in the names of weights by from_pretrained: float32 also when all else is opened in half precision. A_log rounded to
+    # bfloat16 is another decay; the router's bias comes along from transformers' own list.
+    _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D$", "mixer.dt_bias"]
 
     def __init__(self, config: VLMConfig, vision_encoder=None, language_model=None):
         super().__init__(config)
@@ -99,6 +103,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             for name, buffer in tables.items():
                 buffer.copy_(fresh[name])
         return result
+
+    def save_pretrained(self, *arguments, **settings):
+        """As transformers' own. Raises ValueError when adapters were put into the layers (vlm.lora): their names fit no plain model."""
+        if not getattr(self, "_hf_peft_config_loaded", False):  # adapters that transformers put in itself it saves alone
+            given = settings.get("state_dict")
+            refuse_adapters(self.state_dict() if given is None else given)
+        return super().save_pretrained(*arguments, **settings)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

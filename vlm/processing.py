@@ -48,8 +48,9 @@ class VLMImageProcessor(BaseImageProcessor):
 
     def normalize_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) with mean and std applied."""
-        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-        return ((pixels.float() / 255.0 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        mean, std = torch.tensor(self.image_mean)[:, None, None], torch.tensor(self.image_std)[:, None, None]
+        planes = pixels.permute(0, 3, 1, 2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return planes.div_(255.0).sub_(mean).div_(std)
 
     def preprocess(self, images, max_tiles: int | None = None, return_tensors="pt", **kwargs) -> BatchFeature:
         """One image or a list -> pixel_values (N, 3, H, W) of all tiles in order, num_tiles (one int an image)."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlm.assemble import assemble
+from vlm.checkpoint import save_model
 from vlm.lora import ALL_PROJECTIONS, AdapterWatch, add_lora, coverage, load_adapter, merge_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
@@ -201,6 +202,28 @@ def test_there_must_be_adapters_to_save_or_merge(model, tmp_path):
         save_adapter(model, tmp_path / "x")
     with pytest.raises(ValueError, match="no adapters to merge"):
         merge_adapter(model)
+
+
+@pytest.mark.parametrize("way", ["save_model", "save_pretrained"])
+def test_a_model_with_adapters_inside_is_not_saved_as_a_model(model, tiny_processor, tmp_path, way):
+    """Its names fit no model: the folder was written without a word, and from_pretrained drew the decoder's matrices anew."""
+    add_lora(model, ["in_proj", "q_proj"], rank=2)
+    folder = tmp_path / "model"
+    save = {"save_model": lambda: save_model(model, tiny_processor, folder), "save_pretrained": lambda: model.save_pretrained(folder)}[way]
+    with pytest.raises(ValueError, match=r"LoRA adapters in 4 layers .*merge_adapter\), or save them alone \(vlm.lora.save_adapter"):
+        save()
+    assert not list(tmp_path.iterdir())
+    merge_adapter(model)
+    save()
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_adapters_that_transformers_put_in_are_saved_alone_by_it(model, tmp_path):
+    """`add_adapter` and `save_pretrained` are a user's own way; ours must not stand in it."""
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=r"language_model\..*\.in_proj"))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_packed_samples_stay_apart_under_adapters(model):

@@ -16,6 +16,7 @@ Letters: B rows, T positions, H heads, G groups, R = H / G, P head width, N stat
 import torch
 from torch.autograd.function import once_differentiable
 
+from .fresh_memory import fresh
 from .scan_backward import scan_backward
 from .scan_decay import Decay
 from .scan_forward import scan_forward
@@ -47,7 +48,7 @@ class ChunkedScan(torch.autograd.Function):
         x, steps, A, B, C, D, segments, *tensors = ctx.saved_tensors
         pieces = zip(*[iter(tensors)] * (Decay.count() + 1), strict=True)
         kept = [(Decay(*decay), states) for *decay, states in pieces]
-        grad_x, grad_B, grad_C = (tensor.new_empty(tensor.shape) for tensor in (x, B, C))
+        grad_x, grad_B, grad_C = (fresh(tensor, *tensor.shape) for tensor in (x, B, C))
         grad_steps, grad_A, grad_D, grad_initial = scan_backward(
             x, steps, A, B, C, D, segments, ctx.span, kept, grad_y, grad_final, grad_x, grad_B, grad_C
         )

@@ -76,7 +76,8 @@ def _stack_experts(tensors: Iterable[tuple[str, Tensor]], num_experts: int, *, s
         if tensor.shape != stacks[name].shape[1:]:
             mismatched.append(f"{key} (file {tuple(tensor.shape)}, its neighbours {tuple(stacks[name].shape[1:])})")
             continue
-        stacks[name][index] = tensor
+        if not tensor.is_meta:  # thousands of experts, and nothing to copy
+            stacks[name][index] = tensor
         waiting[name].discard(index)
         if not waiting[name]:
             yield name, stacks.pop(name)

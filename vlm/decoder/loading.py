@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, NemotronHConfig, NemotronHForCausalLM
 
 from vision_encoders.checkpoint_files import assign_weights, find_weight_files, iterate_tensors, read_json
+from vision_encoders.stored_tensors import stored_tensors
 
 from .key_names import to_module_names
 
@@ -26,7 +27,8 @@ NEVER_NARROWED = ("A_log", "D", "dt_bias", "e_score_correction_bias")
 def load_language_model(
     checkpoint: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> NemotronHForCausalLM:
-    """Load the decoder in folder `checkpoint`, in eval mode, on `device` (CPU by default).
+    """Load the decoder in folder `checkpoint`, in eval mode, on `device` (CPU by default; on "meta" names and shapes are compared, and no
+    weight is read).
 
     Each weight keeps the dtype it has in the file. With `dtype` all float weights are cast to it, but A_log, D, dt_bias and the
     experts' score correction are never made narrower than in the file.
@@ -47,7 +49,11 @@ def load_language_model(
         return tensor.to(device=device or "cpu", dtype=loaded_dtype(name, tensor.dtype, dtype), copy=True)
 
     tied = bool(config.tie_word_embeddings)
-    tensors = to_module_names(iterate_tensors(files), config.n_routed_experts, source=checkpoint)
+    if torch.device(device or "cpu").type == "meta":
+        stored = ((name, torch.empty(kept.shape, dtype=kept.dtype, device="meta")) for name, kept in stored_tensors(files))
+    else:
+        stored = iterate_tensors(files)
+    tensors = to_module_names(stored, config.n_routed_experts, source=checkpoint)
     assign_weights(model, tensors, source=checkpoint, convert=convert, may_be_absent=lambda name: tied and name == "lm_head.weight")
     if tied:
         model.lm_head.weight = model.model.embeddings.weight

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scan_blocks import Buffers, blocks_of, chunks_per_block, per_position, pieces_of
+from .scan_blocks import Buffers, blocks_of, by_group, chunks_per_block, per_position, pieces_of
 
 __all__ = ["scan_backward"]
 
@@ -25,7 +25,8 @@ def scan_backward(x, steps, A, B, C, D, segments, span: int, kept, grad_y, grad_
     D = per_position(D, heads, width)
     for piece, (decay, states) in zip(reversed(pieces_of(length, span)), reversed(kept), strict=True):
         at_once = chunks_per_block(piece, ratio, width, x.device)
-        xs, Bs, Cs, gys, gxs, gBs, gCs = (piece.chunked(tensor) for tensor in (x, B, C, grad_y, grad_x, grad_B, grad_C))
+        xs, gys, gxs, gBs, gCs = (piece.chunked(tensor) for tensor in (x, grad_y, grad_x, grad_B, grad_C))
+        Bs, Cs = by_group(piece, B, steps.dtype), by_group(piece, C, steps.dtype)
         # Gradients of the running sum, kept apart by what they are summed over: `until` counts for its position and all before it in the
         # chunk, `since` for all behind it. In one sum of differences large terms would drown the small ones that are the result. Within
         # a chunk a pair of positions stands in both sums and has to cancel exactly where both count: hence float64.
@@ -35,7 +36,7 @@ def scan_backward(x, steps, A, B, C, D, segments, span: int, kept, grad_y, grad_
         for block in blocks_of(piece, batch, groups, ratio, at_once, backwards=True):
             row, group, chunks, own, k, L = block.row, block.group, block.chunks, block.heads, block.count, piece.span
             x_block = buffer.load("x", xs[row, chunks, :, own]).transpose(1, 2)  # k R L P
-            B_block, C_block = buffer.load("B", Bs[row, chunks, :, group]), buffer.load("C", Cs[row, chunks, :, group])  # k L N
+            B_block, C_block = Bs[row, group, chunks], Cs[row, group, chunks]  # k L N
             entering = states[row, group, chunks]  # k R PN
             weights, from_start, to_end = (t[row, chunks, own, :, None] for t in (decay.weights, decay.from_start, decay.to_end))
             given = buffer("given", k, ratio, L, width).copy_(gys[row, chunks, :, own].transpose(1, 2))
@@ -61,10 +62,10 @@ def scan_backward(x, steps, A, B, C, D, segments, span: int, kept, grad_y, grad_
             grad_C_block = torch.bmm(scaled.view(k, L, -1), flat, out=buffer("grad_C", k, L, size))
             gCs[row, chunks, :, group] = grad_C_block.baddbmm_(grad_scores, B_block)
             # 3. The state after each chunk, from the last one back.
-            added = torch.bmm(scaled.view(k, L, -1).transpose(1, 2), C_block, out=buffer("added", k, ratio * width, size))
             places = buffer("leaving", k + 1, ratio, width * size)
             places[k] = grad_state[row, group]
-            _follow_back(places, decay.through[row, chunks, own], added.view(k, ratio, -1))
+            torch.bmm(scaled.view(k, L, -1).transpose(1, 2), C_block, out=places[:k].view(k, ratio * width, size))
+            _follow_back(places, decay.through[row, chunks, own])
             grad_state[row, group] = places[0]
             leaving = places[1:]
             # 4. From the positions to the state after the chunk.
@@ -75,7 +76,7 @@ def scan_backward(x, steps, A, B, C, D, segments, span: int, kept, grad_y, grad_
             since[row, chunks, own] = into.mul_(fed).sum(-1).transpose(1, 2)
             grad_B_block = torch.bmm(fed.view(k, L, -1), flat, out=grad_C_block)
             gBs[row, chunks, :, group] = grad_B_block.baddbmm_(grad_scores.transpose(1, 2), C_block)
-            throughout[row, chunks, own] = torch.mul(leaving, entering, out=added.view(leaving.shape)).sum(-1)
+            throughout[row, chunks, own] = torch.mul(leaving, entering, out=buffer("met", *leaving.shape)).sum(-1)
             # 5. Back through the weighting.
             direct[row, chunks, own] = torch.mul(grad_weighted, x_block, out=product).sum(-1)
             grad_weighted.mul_(weights)
@@ -92,9 +93,8 @@ def scan_backward(x, steps, A, B, C, D, segments, span: int, kept, grad_y, grad_
     return grad_steps, grad_A.to(A.dtype), grad_D, grad_state.view(batch, heads, width, size)
 
 
-def _follow_back(states: Tensor, through: Tensor, added: Tensor) -> None:
-    """states (k + 1, R, P N), the last given: each becomes through (k, R) times the one behind it, plus added (k, R, P N)."""
+def _follow_back(states: Tensor, through: Tensor) -> None:
+    """states (k + 1, R, P N), each but the last what its chunk adds: each gets through (k, R) times the one behind it on top."""
     places = states.unbind(0)
-    steps = list(zip(places, places[1:], through[..., None].unbind(0), added.unbind(0), strict=False))
-    for before, after, factor, addition in reversed(steps):
-        torch.addcmul(addition, after, factor, out=before)
+    for before, after, factor in reversed(list(zip(places, places[1:], through[..., None].unbind(0), strict=False))):
+        before.addcmul_(after, factor)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .fresh_memory import fresh
 from .scan_decay import Decay
 
-__all__ = ["Block", "Buffers", "Piece", "blocks_of", "chunks_per_block", "decay_of", "per_position", "pieces_of"]
+__all__ = ["Block", "Buffers", "Piece", "blocks_of", "by_group", "chunks_per_block", "decay_of", "per_position", "pieces_of"]
 
 BLOCK_ELEMENTS = 262144
 """Size of a buffer: 1 MB of float32. Smaller ones lie closer to the core, but then the calls count."""
@@ -53,6 +54,13 @@ def pieces_of(length: int, span: int) -> list[Piece]:
     whole, rest = divmod(length, span)
     pieces = [Piece(0, whole, span)] if whole else []
     return pieces + ([Piece(whole * span, 1, rest)] if rest else [])
+
+
+def by_group(piece: Piece, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, T, G, N) -> (B, G, c, L, N) of this dtype, contiguous: a group's rows lie a page apart otherwise, which no cache likes."""
+    chunked = piece.chunked(tensor)  # B c L G N
+    batch, count, span, groups, size = chunked.shape
+    return fresh(tensor, batch, groups, count, span, size, dtype=dtype).copy_(chunked.movedim(3, 1))
 
 
 def chunks_per_block(piece: Piece, per_group: int, width: int, device: torch.device) -> int:

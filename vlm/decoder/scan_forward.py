@@ -6,7 +6,8 @@ Letters: B rows, T positions, H heads, G groups, R = H / G, P head width, N stat
 import torch
 from torch import Tensor
 
-from .scan_blocks import Buffers, blocks_of, chunks_per_block, decay_of, per_position, pieces_of
+from .fresh_memory import fresh
+from .scan_blocks import Buffers, blocks_of, by_group, chunks_per_block, decay_of, per_position, pieces_of
 
 __all__ = ["scan_forward"]
 
@@ -16,7 +17,7 @@ def scan_forward(x, steps, A, B, C, D, initial, segments, span: int, keep: bool)
     and the states before its chunks and after the last one (B, G, c + 1, R, P N), if they are to be kept."""
     (batch, length, heads, width), (groups, size) = x.shape, B.shape[2:]
     ratio, buffer = heads // groups, Buffers(steps)
-    y = x.new_empty(x.shape)
+    y = fresh(x, *x.shape)
     state = steps.new_zeros(batch, groups, ratio, width * size)
     if initial is not None:
         state.copy_(initial.reshape(state.shape))
@@ -27,12 +28,13 @@ def scan_forward(x, steps, A, B, C, D, initial, segments, span: int, keep: bool)
         at_once = chunks_per_block(piece, ratio, width, x.device)
         # Not to be kept, one group's states of one block are enough.
         slots = (batch, groups, piece.count + 1) if keep else (1, 1, at_once + 1)
-        states = steps.new_empty(*slots, ratio, width * size).expand(batch, groups, -1, -1, -1)
-        xs, ys, Bs, Cs = (piece.chunked(tensor) for tensor in (x, y, B, C))
+        states = fresh(steps, *slots, ratio, width * size).expand(batch, groups, -1, -1, -1)
+        xs, ys = piece.chunked(x), piece.chunked(y)
+        Bs, Cs = by_group(piece, B, steps.dtype), by_group(piece, C, steps.dtype)
         for block in blocks_of(piece, batch, groups, ratio, at_once):
             row, group, chunks, own, k, L = block.row, block.group, block.chunks, block.heads, block.count, piece.span
             x_block = buffer.load("x", xs[row, chunks, :, own]).transpose(1, 2)  # k R L P
-            B_block, C_block = buffer.load("B", Bs[row, chunks, :, group]), buffer.load("C", Cs[row, chunks, :, group])  # k L N
+            B_block, C_block = Bs[row, group, chunks], Cs[row, group, chunks]  # k L N
             # 1. Within the chunks.
             weighted = torch.mul(x_block, decay.weights[row, chunks, own, :, None], out=buffer("weighted", k, ratio, L, width))
             scores = torch.bmm(C_block, B_block.transpose(1, 2), out=buffer("scores", k, L, L))
@@ -42,12 +44,12 @@ def scan_forward(x, steps, A, B, C, D, initial, segments, span: int, keep: bool)
             # 2. From chunk to chunk.
             to_end = decay.to_end[row, chunks, own].transpose(1, 2)[..., None]
             fed = torch.mul(weighted.transpose(1, 2), to_end, out=buffer("fed", k, L, ratio, width))
-            added = torch.bmm(fed.view(k, L, -1).transpose(1, 2), B_block, out=buffer("added", k, ratio * width, size))
             first = chunks.start if keep else 0
             places = states[row, group, first : first + k + 1]
             if chunks.start == 0:
                 places[0] = state[row, group]
-            _follow(places, decay.through[row, chunks, own], added.view(k, ratio, -1))
+            torch.bmm(fed.view(k, L, -1).transpose(1, 2), B_block, out=places[1:].view(k, ratio * width, size))
+            _follow(places, decay.through[row, chunks, own])
             entering = places[:k].view(k, ratio * width, size)
             carried = torch.bmm(C_block, entering.transpose(1, 2), out=buffer("carried", k, L, ratio * width)).view(fed.shape)
             if chunks.stop == piece.count:
@@ -65,8 +67,8 @@ def scan_forward(x, steps, A, B, C, D, initial, segments, span: int, keep: bool)
     return y, state.view(batch, heads, width, size), kept
 
 
-def _follow(states: Tensor, through: Tensor, added: Tensor) -> None:
-    """states (k + 1, R, P N), the first given: each becomes through (k, R) times the one before, plus added (k, R, P N)."""
+def _follow(states: Tensor, through: Tensor) -> None:
+    """states (k + 1, R, P N), each but the first what its chunk adds: each gets through (k, R) times the one before on top."""
     places = states.unbind(0)
-    for before, after, factor, addition in zip(places, places[1:], through[..., None].unbind(0), added.unbind(0), strict=False):
-        torch.addcmul(addition, before, factor, out=after)
+    for before, after, factor in zip(places, places[1:], through[..., None].unbind(0), strict=False):
+        after.addcmul_(before, factor)
