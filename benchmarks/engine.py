@@ -1,11 +1,12 @@
 """Questions a second of the engine beside stock transformers `generate`, and what a token costs as the context grows.
 
     python benchmarks/engine.py                      writes benchmarks/results/engine.{md,json}
-    python benchmarks/engine.py --model tiny --rounds 2 --out engine-result
+    python benchmarks/engine.py --model hybrid --each 5 --no-context --add      one line of them measured anew
 
 Same weights, threads, pictures (7 tiles each), questions and number of new tokens for all three ways; each in a process of its own, taking
 turns. The best of the rounds counts for everyone. Preparing the pictures is part of the time, for all. Stock left padding is a baseline
-of speed only: before transformers masked padding in the recurrent layers its answers were wrong there.
+of speed only: before transformers masked padding in the recurrent layers its answers were wrong there. "By operations": how many times
+fewer the engine needs than one by one, counted from weights and positions; what is above it is computing better.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from engine_work import MODELS, WAYS, build  # noqa: E402
 
 from vlm.files import write_whole  # noqa: E402
 
-CASES = ((2, 30), (12, 5), (60, 1))  # pictures, questions about each
+CASES = {"tiny": ((2, 30), (12, 5), (60, 1)), "hybrid": ((1, 30), (4, 5), (8, 1))}  # pictures, questions about each
 BARS = {
     ("tiny", 30): (20, 5),
     ("tiny", 5): (5, 2),
@@ -36,8 +37,9 @@ BARS = {
     ("hybrid", 5): (5, 2),
     ("hybrid", 1): (1.5, 1.1),
 }
-ONE_BY_ONE = {"tiny": 10, "hybrid": 3}  # questions timed for the slow way; each costs it the same
-BATCHED = 30  # and for the batched one: one batch
+PARTS = ("vision_encoder", "projector", "language_model")
+ONE_BY_ONE = {"tiny": 10, "hybrid": 2}  # questions timed for the slow way; each costs it the same
+BATCHED = {"tiny": 30, "hybrid": 10}  # and for the batched one: one batch
 
 
 class Worker:
@@ -67,32 +69,45 @@ class Worker:
         self.process.wait()
 
 
-def compare(model: str, folder: Path, rounds: int, threads: int, new_tokens: int) -> list[dict]:
+def compare(model: str, folder: Path, parameters: dict, rounds: int, threads: int, new_tokens: int, only: int | None) -> list[dict]:
     """One row for each case: seconds a question of each way, ratios, peak memory."""
     rows = []
-    for pictures, each in CASES:
+    for pictures, each in CASES[model]:
+        if only not in (None, each):
+            continue
         workers = {way: Worker(way, folder, threads) for way in WAYS}  # fresh ones, so that each case has its own peak
         order = {"pictures": pictures, "each": each, "new_tokens": new_tokens}
         best: dict[str, dict] = {}
         for number in range(rounds + 1):
             for way, worker in workers.items():
-                limit = {"stock one by one": ONE_BY_ONE[model], "stock batched": BATCHED, "engine": pictures * each}[way]
+                limit = {"stock one by one": ONE_BY_ONE[model], "stock batched": BATCHED[model], "engine": pictures * each}[way]
                 if number == 0 and way != "engine":
                     limit = min(limit, 2)  # warm-up
                 found = worker.run(**order, limit=limit)
                 seconds = {name: found[name] / found["questions"] for name in ("wall_seconds", "cpu_seconds")}
                 if number:
                     best[way] = {name: min(value, best.get(way, seconds)[name]) for name, value in seconds.items()}
-                    best[way]["peak_bytes"] = found["peak_bytes"]
+                    best[way] |= {name: found[name] for name in ("peak_bytes", "prompt_tokens", "computed_tokens") if name in found}
         for way, worker in workers.items():
             best[way]["resident_bytes"] = worker.resident_bytes
             worker.close()
         ours = best["engine"]
         ratios = [best[way]["wall_seconds"] / ours["wall_seconds"] for way in ("stock one by one", "stock batched")]
         cpu_ratios = [best[way]["cpu_seconds"] / ours["cpu_seconds"] for way in ("stock one by one", "stock batched")]
-        rows.append({"model": model, "pictures": pictures, "each": each, "ways": best, "ratios": ratios, "cpu_ratios": cpu_ratios})
+        counted = count_ratio(parameters, ours, each, new_tokens)
+        rows.append({"model": model, "pictures": pictures, "each": each, "ways": best, "ratios": ratios, "cpu_ratios": cpu_ratios,
+                     "operations_ratio": counted})  # fmt: skip
         print(line(rows[-1]), flush=True)
     return rows
+
+
+def count_ratio(parameters: dict, ours: dict, each: int, new_tokens: int) -> float:
+    """Operations of a question one by one over those of the engine, from weights and positions alone: what sharing the picture gives if
+    both computed equally well."""
+    encoding = parameters["encoder_positions"] * parameters["vision_encoder"]
+    body = parameters["decoder_body"]
+    stock = encoding + body * (ours["prompt_tokens"] + new_tokens)
+    return stock / (encoding / each + body * (ours["computed_tokens"] + new_tokens))
 
 
 def line(row: dict) -> str:
@@ -100,14 +115,15 @@ def line(row: dict) -> str:
     bars = BARS[row["model"], row["each"]]
     holds = "yes" if all(ratio >= bar for ratio, bar in zip(row["ratios"], bars, strict=True)) else "no"
     wall, cpu = (f"{a:.1f}x / {b:.1f}x" for a, b in (row["ratios"], row["cpu_ratios"]))
-    peaks = " / ".join(f"{way['peak_bytes'] / 2**20:.0f}" for way in (one, batched, ours))
+    peaks = " / ".join(f"{(way['peak_bytes'] - way['resident_bytes']) / 2**20:.0f}" for way in (one, batched, ours))
     speeds = " | ".join(f"{1 / way['wall_seconds']:.1f}" for way in (one, batched, ours))
-    return f"| {row['model']} | {row['each']} | {speeds} | {wall} | {cpu} | {bars[0]}x / {bars[1]}x | {holds} | {peaks} |"
+    counted = f"{row['operations_ratio']:.1f}x"
+    return f"| {row['model']} | {row['each']} | {speeds} | {counted} | {wall} | {cpu} | {bars[0]}x / {bars[1]}x | {holds} | {peaks} |"
 
 
 HEAD = (
-    "| model | questions a picture | one by one, questions/s | batched | engine | engine over both, wall | CPU time | bar | holds "
-    "| peak MiB (one / batched / engine) |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| model | questions a picture | one by one, questions/s | batched | engine | by operations | engine over both, wall | CPU time | bar "
+    "| holds | peak MiB beyond the loaded model |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -117,7 +133,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each worker (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of every answer (default %(default)s)")
+    parser.add_argument("--each", type=int, choices=(30, 5, 1), help="only this many questions a picture")
     parser.add_argument("--no-context", action="store_true", help="leave out the growth with the context")
+    parser.add_argument("--only-context", action="store_true", help="nothing but the growth with the context")
+    parser.add_argument("--add", action="store_true", help="keep what stands in the result file and was not measured anew")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "engine", help="path of the results, without ending")
     options = parser.parse_args()
     rows, parameters, contexts = [], {}, {}
@@ -127,7 +146,8 @@ def main() -> int:
         for model in options.model or MODELS:
             folder = Path(temporary) / model
             parameters[model] = build(model, folder)
-            rows += compare(model, folder, options.rounds, options.threads, options.new_tokens)
+            if not options.only_context:
+                rows += compare(model, folder, parameters[model], options.rounds, options.threads, options.new_tokens, options.each)
             if not options.no_context:
                 contexts[model] = decode_times(folder)
     command = "python benchmarks/engine.py " + " ".join(sys.argv[1:])
@@ -136,6 +156,14 @@ def main() -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
         "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
+    for row in rows:
+        row |= {"command": facts["command"], "rounds": options.rounds, "load": round(os.getloadavg()[1], 1)}
+    if options.add and options.out.with_suffix(".json").is_file():
+        old = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))
+        measured = {(row["model"], row["each"]) for row in rows}
+        rows += [row for row in old["rows"] if (row["model"], row["each"]) not in measured]
+        rows.sort(key=lambda row: (MODELS.index(row["model"]), -row["each"]))
+        parameters, contexts = old["parameters"] | parameters, old["contexts"] | contexts
     text = report(facts, parameters, rows, contexts)
     write_whole(
         options.out.with_suffix(".json"), json.dumps({**facts, "parameters": parameters, "rows": rows, "contexts": contexts}, indent=1)
@@ -149,8 +177,9 @@ def report(facts: dict, parameters: dict, rows: list[dict], contexts: dict) -> s
     lines = ["# The engine beside stock transformers", "", __doc__.split("\n\n")[-1].strip(), "", f"`{facts['command']}`", ""]
     lines += [", ".join(f"{name} {value}" for name, value in facts.items() if name != "command"), ""]
     for model, counts in parameters.items():
-        lines.append(f"- {model}: " + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items()))
-    lines += ["", HEAD, *(line(row) for row in rows)]
+        lines.append(f"- {model}: " + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items() if name in PARTS))
+    lines += ["", HEAD, *(line(row) for row in rows), ""]
+    lines += [f"- {row['model']}, {row['each']}: `{row['command']}`, {row['rounds']} rounds, load {row['load']}" for row in rows]
     if contexts:
         lines += [
             "",

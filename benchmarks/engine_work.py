@@ -52,6 +52,7 @@ VIT_TINY = {
     "intermediate_size": 768,
 }
 MODELS = ("tiny", "hybrid")
+TILES = 7  # of a picture, the thumbnail included
 
 
 def questions(count: int) -> list[str]:
@@ -62,7 +63,8 @@ def questions(count: int) -> list[str]:
 
 
 def build(name: str, folder: Path) -> dict:
-    """Random weights, and a tokenizer that knows the questions' words (so that a question has as many tokens as with a real one)."""
+    """Random weights, and a tokenizer that knows the questions' words (so that a question has as many tokens as with a real one); returns
+    parameters of the parts, positions the encoder computes for a picture, and weights of the decoder's layers."""
     texts = [*questions(80) * 20, *["system user assistant", "Follow the user's instruction and answer questions."] * 20]
     corpus = folder.with_suffix(".txt")
     corpus.write_text("\n".join(texts), encoding="utf-8")
@@ -77,7 +79,10 @@ def build(name: str, folder: Path) -> dict:
         tokenizer.save_pretrained(decoder)
         model, processor = assemble(language_model=decoder, vision_encoder="internvit", vision_settings=VIT_TINY)
     save_model(model, processor, folder)
-    return {name: count for name, count in model.parameter_counts().items()}
+    vision = model.config.vision_config
+    positions = TILES * (1 + (vision.image_size // vision.patch_size) ** 2)
+    body = sum(parameter.numel() for parameter in model.language_model.model.layers.parameters())
+    return model.parameter_counts() | {"encoder_positions": positions, "decoder_body": body}
 
 
 def picture(number: int, tile_size: int) -> Image.Image:
@@ -122,7 +127,7 @@ class Stock:
             batch = self.processor.pad([each.rendered.input_ids for each in prepared])
             embeddings = self.embeddings(batch["input_ids"])
             places = (batch["input_ids"] == self.vlm.config.image_token_id).flatten().nonzero().squeeze(-1)
-            visual = self.vlm.encode_tiles(pixels).flatten(0, 1)
+            visual = self.vlm.projector(self.vlm.vision_encoder.features(pixels)).flatten(0, 1)  # transformers' own encoder forward
             embeddings = embeddings.flatten(0, 1).index_copy(0, places, visual).view_as(embeddings)
             said = self.decoder.generate(
                 inputs_embeds=embeddings,
@@ -143,6 +148,7 @@ class Ours:
         from vlm.engine import Engine, Request
 
         self.engine, self.request = Engine.from_pretrained(folder), Request
+        self.counts: dict[str, float] = {}
         self.processor = self.engine.processor
         # Random weights would never end a turn, but a trained model does: nobody may be ahead by that. (Stock is told min_new_tokens.)
         with torch.no_grad():
@@ -153,10 +159,13 @@ class Ours:
         answers = self.engine.generate([self.request(each, max_new_tokens=new_tokens) for each in conversations])
         wrong = [answer for answer in answers if answer.error or answer.generated_tokens != new_tokens]
         assert not wrong, wrong[0]
+        tokens, shared = (sum(getattr(answer, name) for answer in answers) for name in ("prompt_tokens", "shared_tokens"))
+        self.counts = {"prompt_tokens": tokens / len(answers), "computed_tokens": (tokens - shared) / len(answers)}
         return len(answers)
 
 
-WAYS = {"stock one by one": lambda folder: Stock(folder, 1), "stock batched": lambda folder: Stock(folder, 30), "engine": Ours}
+LARGEST_BATCH = 30
+WAYS = {"stock one by one": lambda folder: Stock(folder, 1), "stock batched": lambda folder: Stock(folder, LARGEST_BATCH), "engine": Ours}
 
 
 def resident_bytes() -> int:
@@ -175,6 +184,7 @@ def main() -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         count = answering.answer(conversations, order["new_tokens"])
         result = {"questions": count, "wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        result |= getattr(answering, "counts", {})
         result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(result), flush=True)
 

@@ -64,6 +64,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes any free one (default: %(default)s)")
     parser.add_argument("--examples", type=Path, metavar="DIR", help="folder of pictures to offer on the page")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--on-drift", choices=("refuse", "warn", "ignore"), default="refuse",
+                        help="when pictures, ids or logits are not those of the model's golden pack (default: %(default)s)")  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -97,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
             from demo.page import MOST_NEW_TOKENS, build_page
             from vlm.engine import Engine
 
-            engine = Engine.from_pretrained(args.model, device=args.device or ("cuda" if torch.cuda.is_available() else None))
+            device = args.device or ("cuda" if torch.cuda.is_available() else None)
+            engine = Engine.from_pretrained(args.model, device=device, on_drift=args.on_drift)
+            print(engine.golden_note, flush=True)
             # Room for the longest answer; a prompt beyond it loses tiles first, then it is refused.
             engine.max_tokens = max(engine.model.config.text_config.max_position_embeddings - MOST_NEW_TOKENS, 1)
             serve(*build_page(engine, args.model.resolve().name, examples), listener, args.host)

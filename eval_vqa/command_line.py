@@ -78,6 +78,8 @@ def build_parser(task: str) -> argparse.ArgumentParser:
     asking.add_argument("--device", help="e.g. cuda, cpu; with several processes each takes the GPU of its rank")
     asking.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default the checkpoint's")
     asking.add_argument("--quantize", choices=("int8",), help="weight-only quantised decoder; compare.py tells what it costs in score")
+    asking.add_argument("--on-drift", choices=("refuse", "warn", "ignore"), default="refuse",
+                        help="when tiles, ids or logits are not those of the checkpoint's golden pack (default %(default)s)")  # fmt: skip
     scoring = argparse.ArgumentParser(add_help=False)
     scoring.add_argument("--subset", action="store_true", help="score only the answered questions (no official score)")
     if task == "vqav2":
@@ -216,4 +218,8 @@ def _load_engine(args):
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     more = {"quantize": args.quantize} if args.quantize else {}
-    return Engine.from_pretrained(args.model, device=this_rank().device(args.device), dtype=dtype, max_batch=args.batch, **more)
+    device = this_rank().device(args.device)
+    engine = Engine.from_pretrained(args.model, device=device, dtype=dtype, on_drift=args.on_drift, max_batch=args.batch, **more)
+    if this_rank().is_first:
+        print(engine.golden_note, file=sys.stderr)
+    return engine

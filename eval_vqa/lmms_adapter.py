@@ -64,21 +64,24 @@ def _model_class() -> type:
     from vlm.thinking import strip_thinking
 
     class NemotronHVision(_lmms_eval("lmms_eval.api.model").lmms):
-        """pretrained: checkpoint folder. max_batch, max_tokens: see `vlm.engine.Engine`; dtype: float32, bfloat16 or float16.
+        """pretrained: checkpoint folder. max_batch, max_tokens, on_drift: see `vlm.engine.Engine`; dtype: float32, bfloat16 or float16.
 
         batch_size is lmms-eval's and is not used: the engine makes its own batches.
         """
 
         is_simple = False
 
-        def __init__(self, pretrained, device=None, batch_size=1, dtype=None, max_batch=None, max_tokens=None, **unknown):
+        def __init__(
+            self, pretrained, device=None, batch_size=1, dtype=None, max_batch=None, max_tokens=None, on_drift="refuse", **unknown
+        ):
             super().__init__()
             if unknown:
-                known = "pretrained, device, dtype, max_batch, max_tokens"
+                known = "pretrained, device, dtype, max_batch, max_tokens, on_drift"
                 raise ValueError(f"unknown model_args {', '.join(sorted(unknown))}; this model takes {known}")
             import torch
 
             settings = {name: int(value) for name, value in (("max_batch", max_batch), ("max_tokens", max_tokens)) if value is not None}
+            settings["on_drift"] = on_drift
             self.engine = Engine.from_pretrained(pretrained, device=device, dtype=dtype and getattr(torch, dtype), **settings)
             self.device = next(self.engine.model.parameters()).device
             self.batch_size = batch_size

@@ -54,3 +54,12 @@ def tiny_folder(tiny, tmp_path_factory):
     from vlm.checkpoint import save_model
 
     return save_model(*tiny, tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def one_rank(tmp_path_factory):
+    """torch.distributed with this process as its only rank."""
+    meeting = tmp_path_factory.mktemp("rendezvous") / "file"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

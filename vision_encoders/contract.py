@@ -47,6 +47,10 @@ class VisionEncoder(nn.Module):
         """N 3 H W -> N P C, patches only, row by row."""
         raise NotImplementedError
 
+    def inference_features(self, pixel_values: Tensor) -> Tensor:
+        """The same in inference mode, where a family may have a faster way that has no gradient."""
+        return self.features(pixel_values)
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values N 3 image_size image_size (normalised with mean and std, any float dtype) -> features N P C, weights' dtype.
 
@@ -58,7 +62,8 @@ class VisionEncoder(nn.Module):
                 f"pixel_values have shape {tuple(pixel_values.shape)}, expected (tiles, {', '.join(map(str, expected))}); cut the image "
                 f"into tiles of {self.image_size} px, or build the encoder with another image_size."
             )
-        features = self.features(pixel_values.to(self.weight_dtype))  # N P C
+        compute = self.inference_features if torch.is_inference_mode_enabled() else self.features
+        features = compute(pixel_values.to(self.weight_dtype))  # N P C
         patches = (self.image_size // self.patch_size) ** 2
         if features.shape[1:] != (patches, self.hidden_size):
             raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vision_encoders.checkpoint_files import assign_weights, find_weight_files, raise_on_shape_mismatch, read_json
 from vision_encoders.contract import IMAGENET_MEAN, IMAGENET_STD, VisionEncoder, mark_initialized, settled_dtype
+from vision_encoders.internvit_inference import can_run_in_place, features_in_place
 from vision_encoders.position_embedding import resize_position_embedding
 from vision_encoders.stored_tensors import StoredTensor, stored_tensors
 
@@ -71,6 +72,12 @@ class InternViT(VisionEncoder):
     def features(self, pixel_values: Tensor) -> Tensor:
         """N 3 H W -> N P C."""
         return self.tower(pixel_values).last_hidden_state[:, 1:]  # N 1+P C -> N P C
+
+    def inference_features(self, pixel_values: Tensor) -> Tensor:
+        """As `features`; on a processor in place (internvit_inference.py)."""
+        if not can_run_in_place(self.tower):
+            return self.features(pixel_values)
+        return features_in_place(self.tower, pixel_values)[:, 1:]
 
 
 def build_internvit(model: str, checkpoint: Path | None, settings: dict) -> InternViT:

@@ -1,7 +1,7 @@
 """Open and save a model folder: weights, configuration, tokenizer, processor, chat template - one folder, whole or not at all.
 
-Why not from_pretrained and save_pretrained: they cast every weight to one dtype (A_log, D and dt_bias may be kept wider), draw what does
-not fit again with a printed table, and show progress bars for models of two million parameters. The folders are the same, and
+Why not from_pretrained and save_pretrained: they cast all weights to one dtype (but those of the scan), draw what does not fit again
+with a printed table, and show progress bars for models of two million parameters. The folders are the same, and
 transformers' own methods open them; a test pins the names.
 """
 
@@ -23,10 +23,12 @@ from vision_encoders import build_vision_encoder
 from vision_encoders.checkpoint_files import assign_weights, find_weight_files, iterate_tensors
 from vision_encoders.stored_tensors import StoredTensor
 
+from .adapter_names import refuse_adapters
 from .configuration import VLMConfig
 from .decoder.key_names import to_file_names, to_module_names
 from .decoder.loading import loaded_dtype, mark_initialized
 from .files import write_whole
+from .golden.pack import write as write_golden_pack
 from .model_card import model_card
 from .modeling import VisionLanguageModel
 from .processing import VLMProcessor
@@ -37,6 +39,7 @@ __all__ = ["load_model", "replace_folder", "save_model", "write_settings"]
 
 DECODER = "language_model."
 BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+MOST_READ_AGAIN_BYTES = 4 * 10**9  # of weights given apart, which are read again for the golden pack
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device=None) -> tuple[VisionLanguageModel, VLMProcessor]:
@@ -115,9 +118,11 @@ def save_model(
     """Write the folder beside its place and rename it, so that a reader never sees half a checkpoint. An older folder is replaced.
 
     `state_dict`: weights to save in place of the model's own (ZeRO-3 gathers them apart). `max_shard_size`: bytes, or "5GB".
-    What came with the decoder (vlm/source_files.py) and a model card go along. Raises ValueError when weights are missing.
+    What came with the decoder (vlm/source_files.py) and a model card go along. Raises ValueError when weights are missing, or when there
+    are adapters in the model's layers.
     """
     weights = model.state_dict() if state_dict is None else state_dict
+    refuse_adapters(weights)
     absent = model.state_dict().keys() - weights.keys()
     if absent:
         raise ValueError(f"{len(absent)} weights are missing from the given state_dict: {', '.join(sorted(absent)[:8])}")
@@ -132,6 +137,13 @@ def save_model(
     with replace_folder(folder) as temporary:
         write_shards(temporary, tensors, plan_shards(tensors, max_shard_size))
         write_settings(temporary, model.config, model.generation_config, processor, getattr(model, "source_files", None) or {}, dtype=dtype)
+        if state_dict is None:
+            write_golden_pack(model, processor, temporary)
+        elif sum(tensor.size_bytes for tensor in tensors.values()) <= MOST_READ_AGAIN_BYTES:
+            # The model's own weights may be in another dtype, or spread over ranks: the pack is made of what was written.
+            write_golden_pack(_build(copy.deepcopy(model.config), temporary, None, None), processor, temporary)
+        else:
+            write_golden_pack(None, processor, temporary, reason="the weights came apart from their model; python -m vlm.golden --write")
     return Path(folder)
 
 

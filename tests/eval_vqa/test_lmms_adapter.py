@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import tomllib
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,12 @@ def make_model(stand_in, **options):
 
 def doc_to_messages(doc):
     return [{"role": "user", "content": [{"type": "image", "url": doc["image"]}, {"type": "text", "text": doc["question"]}]}]
+
+
+def test_the_entry_point_of_the_distribution_names_the_manifest():
+    """lmms-eval finds the model by it; a renamed function would only be missed by a user."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    assert groups["lmms_eval.models"] == {adapter.MODEL_NAME: f"{adapter.__name__}:{adapter.manifest.__name__}"}
 
 
 def test_it_is_a_chat_model_of_the_harness(stand_in):

@@ -51,6 +51,12 @@ def other_files(folder):
     return [name for name in names if not name.startswith("model")]
 
 
+def without_numbers(path):
+    pack = json.loads(path.read_text())
+    pictures = [{**entry, "numbers": None, "why_no_numbers": None} for entry in pack["pictures"]]
+    return {**pack, "dtype": None, "device": None, "pictures": pictures}
+
+
 def assert_same_weights(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -80,7 +86,10 @@ def test_the_folder_equals_the_one_made_in_memory(checkpoints, tmp_path, format,
     files = other_files(slow)
     assert files == other_files(fast) and len(files) >= 12
     for name in files:
-        assert (fast / name).read_bytes() == (slow / name).read_bytes(), name
+        if name == "golden/pack.json":  # its logits want a model in memory
+            assert without_numbers(fast / name) == without_numbers(slow / name)
+        else:
+            assert (fast / name).read_bytes() == (slow / name).read_bytes(), name
     assert_same_weights(contents(fast), contents(slow))
     index = json.loads((fast / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == contents(fast).keys()

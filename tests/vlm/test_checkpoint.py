@@ -149,7 +149,7 @@ SCAN_PARAMETERS = ("A_log", "D", "dt_bias")
 
 
 def test_half_precision_is_kept_and_the_scan_stays_wide(changed, tmp_path):
-    """from_pretrained would narrow A_log, D and dt_bias with the rest; A_log rounded to bfloat16 is another decay."""
+    """A_log rounded to bfloat16 with the rest is another decay."""
     model, processor = load_model(save_model(*changed, tmp_path / "wide"), dtype=torch.bfloat16)
     narrow, _ = load_model(save_model(model, processor, tmp_path / "narrow"))
     for name, parameter in narrow.named_parameters():
@@ -160,6 +160,22 @@ def test_half_precision_is_kept_and_the_scan_stays_wide(changed, tmp_path):
     with safe_open(tmp_path / "narrow" / "model.safetensors", "pt") as file:
         assert file.get_slice("language_model.backbone.embeddings.weight").get_dtype() == "BF16"
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
+def test_transformers_loading_in_half_precision_leaves_the_scan_wide(folder, changed, dtype):
+    """`dtype=torch.bfloat16` is what every user writes; A_log rounded with the rest is another decay."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        wide = name.endswith(SCAN_PARAMETERS) or dtype == "auto"
+        assert parameter.dtype == (torch.float32 if wide else dtype), name
+        if wide:
+            assert torch.equal(parameter, changed[0].get_parameter(name)), name
+
+
+def test_transformers_loading_in_half_precision_leaves_the_router_wide():
+    """Its correction decides between experts that differ by less than bfloat16 can say."""
+    assert "e_score_correction_bias" in assemble("tiny")[0]._keep_in_fp32_modules_strict
 
 
 def test_saving_and_loading_is_quiet(changed, tmp_path, capfd):

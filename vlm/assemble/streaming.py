@@ -24,6 +24,7 @@ from vision_encoders.stored_tensors import StoredTensor
 
 from ..checkpoint import replace_folder, write_settings
 from ..decoder.stored_weights import EMBEDDINGS, HEAD, open_language_model
+from ..golden.pack import write as write_golden_pack
 from ..modeling import VisionLanguageModel
 from ..shard_files import DEFAULT_SHARD_BYTES, plan_shards, write_shards
 from ..source_files import RECORD, read_source_files, record_of
@@ -107,6 +108,7 @@ def assemble_folder(
     with replace_folder(out) as folder:
         write_shards(folder, tensors, plan)
         write_settings(folder, config, generation, processor, source_files, dtype=decoder.dtype)
+        write_golden_pack(None, processor, folder, reason="assembled without a model in memory; python -m vlm.golden --write adds them")
     return Assembled(
         out, shadow.parameter_counts(), added, (rows, rows + more), decoder.left_out, decoder.dtype, len(plan), size_bytes,
         config.visual_tokens_per_tile, encoder.image_size,

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from ..checkpoint import load_model
 from ..decoder.serving import ServingDecoder
+from ..golden import guard
 from ..modeling import VisionLanguageModel
 from ..processing import VLMProcessor
+from .allocation import keep_freed_memory
 from .decode_graphs import DecodeGraphs
 from .kept_states import KeptStates
 from .memory import default_budget_bytes
@@ -56,7 +58,10 @@ class Engine:
             raise ValueError(f"{memory_bytes = }; expected at least 1, or None for a quarter of the free memory")
         self.model, self.processor = model.eval(), processor
         self.max_batch, self.max_tokens = max_batch, max_tokens
+        self.golden_note = "golden pack: not looked at"  # from_pretrained looks
         self.device = next(model.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if quantize is not None:
             quantize_decoder(model.language_model, quantize)
         self.memory_bytes = memory_bytes or default_budget_bytes(self.device)
@@ -72,10 +77,15 @@ class Engine:
             check_forked_answer(model, processor, decoder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device=None, dtype=None, **settings) -> "Engine":
-        """Raises FileNotFoundError / ValueError as `load_model`."""
+    def from_pretrained(cls, folder: str | Path, *, device=None, dtype=None, on_drift: str = "refuse", **settings) -> "Engine":
+        """Opens a model folder and compares it with its golden pack (vlm/golden); `golden_note` then says what was found.
+
+        on_drift: "refuse", "warn" or "ignore". Raises FileNotFoundError / ValueError as `load_model`, ValueError when it drifted."""
         model, processor = load_model(folder, dtype=dtype, device=device)
-        return cls(model, processor, **settings)
+        note = guard(model, processor, folder, on_drift)
+        engine = cls(model, processor, **settings)
+        engine.golden_note = note
+        return engine
 
     def generate(self, requests: list[Request], on_answer: Callable[[int, Answer], None] | None = None) -> list[Answer]:
         """Answers in request order; `on_answer(index, answer)` is called, in this thread, as each one is done. A failing request becomes an

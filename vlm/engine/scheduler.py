@@ -25,6 +25,15 @@ def _said_by(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def _common(before: Ticket | None, ticket: Ticket) -> int:
+    """Length of the prefix a ticket shares with the one before it; asked again for every ticket behind, so it is remembered."""
+    if before is None:
+        return 0
+    if ticket.compared is None or ticket.compared[0] is not before:
+        ticket.compared = before, common_length(before.prompt.identity, ticket.prompt.identity)
+    return ticket.compared[1]
+
+
 class Scheduler:
     """most_rows: requests decoded together; budget_bytes: of their state."""
 
@@ -57,10 +66,7 @@ class Scheduler:
 
     def _need(self, rows: int, span: int, wave: list[Ticket]) -> int:
         """Bytes of the batch, and of what reading the prompts of `wave` holds beside it: shared prefixes, and forks to score texts."""
-        families = sum(
-            place == 0 or common_length(wave[place - 1].prompt.identity, ticket.prompt.identity) < LEAST_SHARED_TOKENS
-            for place, ticket in enumerate(wave)
-        )
+        families = sum(_common(before, ticket) < LEAST_SHARED_TOKENS for before, ticket in zip([None, *wave], wave, strict=False))
         longest = rounded_span(max((len(ticket.prompt) for ticket in wave), default=0)) if span else 0
         return self.cost.bytes(rows, span) + self.cost.bytes(families + self._forks(wave), longest)
 
@@ -100,7 +106,7 @@ class Scheduler:
         span = max((rounded_span(ticket.most_tokens) for ticket in self.running), default=0)
         for ticket in self.waiting:
             rows = len(self.running) + len(wave) + 1
-            new = len(ticket.prompt) - (common_length(wave[-1].prompt.identity, ticket.prompt.identity) if wave else 0)
+            new = len(ticket.prompt) - _common(wave[-1] if wave else None, ticket)
             wider = max(span, rounded_span(ticket.most_tokens))
             too_much = self._need(rows, wider, [*wave, ticket]) > self.budget_bytes
             if rows > self.most_rows or (wave and tokens + new > limit) or (too_much and rows > 1):
@@ -141,6 +147,8 @@ class Scheduler:
         rows = len(self.running) + len(wave)
         span = max(rounded_span(ticket.most_tokens) for ticket in [*self.running, *wave])
         extra = self._need(0, span, wave)
+        for ticket in wave:
+            ticket.compared = None  # nobody may be kept alive by the one behind
         roomy = min(1 << (rows - 1).bit_length(), max(self.most_rows, rows))
         if self.slots is not None:
             roomy, longer = max(roomy, self.slots.rows), max(span, self.slots.span)

@@ -26,6 +26,7 @@ class Ticket:
         self.answer: Answer | None = None
         self.is_cancelled = False
         self.shared_tokens = 0
+        self.compared: tuple[Ticket, int] | None = None  # the ticket before it in the queue, and the length of their common prefix
         self.generator = None
         if request.temperature > 0:
             seed = request.seed if request.seed is not None else int(torch.randint(2**31, ()))
