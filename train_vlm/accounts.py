@@ -11,6 +11,7 @@ import time
 import torch
 from torch import Tensor
 
+from train_vlm.dealing import imbalance
 from train_vlm.flops import FlopCosts, known_peak, measure_peak
 
 __all__ = ["Accounts", "memory_bytes", "peak_of", "source_names"]
@@ -58,25 +59,31 @@ class Accounts:
         self.losses = torch.zeros(len(self.sources), dtype=torch.float64)
         self.counts: Tensor | None = None
         self.flops = self.waiting = 0.0
+        self.work: list[tuple[float, float]] = []  # of each step: operations and seconds of forward passes on this rank
 
     def pause(self, seconds: float) -> None:
         """Time that was no training: saving, looking at the held-out loss."""
         self.paused += seconds
 
-    def add(self, batches: list[dict], source_losses: Tensor, waiting_seconds: float) -> None:
-        """This rank's packs of a step, the step's losses per source over all ranks, and this rank's seconds of waiting for data."""
+    def add(self, batches: list[dict], source_losses: Tensor, waiting_seconds: float, forward_seconds: float = 0.0) -> None:
+        """This rank's packs of a step, the step's losses per source over all ranks, and this rank's seconds of waiting for data and in
+        forward passes."""
         self.steps += 1
         self.losses += source_losses
         self.waiting += waiting_seconds
-        self.flops += sum(self.costs.step(batch["samples"]) for batch in batches)
+        flops = sum(self.costs.step(batch["samples"]) for batch in batches)
+        self.flops += flops
+        self.work.append((flops, forward_seconds))
 
     def line(self, table_before: Tensor, table_now: Tensor, columns: list[str]) -> dict:
         """The accounts since the last line; `table_*`: the ledger's counts (sources, columns) then and now. Every rank calls it."""
         ranks = torch.distributed.get_world_size()
-        own = torch.tensor([self.flops, self.waiting, memory_bytes(self.device)], dtype=torch.float64, device=self.device)
+        own = [self.flops, self.waiting, memory_bytes(self.device), *(value for step in self.work for value in step)]
+        own = torch.tensor(own, dtype=torch.float64, device=self.device)
         everyone = [torch.empty_like(own) for _ in range(ranks)]
         torch.distributed.all_gather(everyone, own)
-        flops, waiting, memory = torch.stack(everyone).cpu().unbind(1)
+        everyone = torch.stack(everyone).cpu()
+        flops, waiting, memory = everyone[:, :3].unbind(1)
         seconds = max(time.monotonic() - self.began - self.paused, 1e-9)
         new = dict(zip(columns, (table_now - table_before).double().unbind(1), strict=True))
         supervised = new["supervised_tokens"]
@@ -90,5 +97,14 @@ class Accounts:
             "memory_gb": round(float(memory.max()) / 2**30, 3),
             "mean_step_seconds": round(seconds / max(self.steps, 1), 4),
         }
+        if ranks > 1 and self.work:
+            values |= _imbalances(everyone[:, 3:].view(ranks, len(self.work), 2))
         self._reset()
         return values
+
+
+def _imbalances(work: Tensor) -> dict[str, float]:
+    """work (ranks, steps, 2): operations and forward seconds -> how much more than the mean the slowest rank had, mean over the steps."""
+    operations, seconds = (sum(imbalance(step) for step in work[:, :, kind].T.tolist()) / work.shape[1] for kind in range(2))
+    values = {"imbalance_work_percent": round(operations, 2)}
+    return values | ({"imbalance_seconds_percent": round(seconds, 2)} if work[:, :, 1].any() else {})

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from train_vlm.adapters import save_trained
 from train_vlm.examination import bad_parameters, watch
 from train_vlm.freezing import apply_parts
 from train_vlm.recipe import Part, Parts
 from train_vlm.training_step import forward_inputs
-from vlm.checkpoint import load_model, save_model
+from vlm.checkpoint import load_model
 from vlm.files import write_whole
 
 __all__ = ["examine_batches", "main", "write_autopsy"]
@@ -94,7 +95,7 @@ def write_autopsy(engine, processor, batches: list[dict], folder: Path, *, parts
     guilty, module = _first_bad(gathered)
     command = f"{Path(sys.executable).name} -m train_vlm.autopsy {folder} --rank {guilty}"
     if rank == 0:
-        save_model(engine.module, processor, folder / "model", state_dict=weights)
+        save_trained(engine.module, processor, folder / "model", weights)
         content = {"step": step, "why": why, "first_bad": module, "rank": guilty, "replay": command, "parts": dataclasses.asdict(parts),
                    "ranks": gathered}  # fmt: skip
         write_whole(folder / "autopsy.json", json.dumps(content, indent=1))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from train_vlm.dealing import deal, deal_in_order
 from vlm.loss import IGNORE_INDEX, count_supervised_tokens
 
 __all__ = ["MicroBatchPositions", "pack"]
@@ -59,8 +60,8 @@ def _account(sample: dict) -> dict:
 class MicroBatchPositions(torch.utils.data.Sampler):
     """Endless: the stream positions of this rank's micro-batches, in order. Step s takes positions [s * batch, (s + 1) * batch).
 
-    With `cost` (position -> work, such as tokens) a step's samples are dealt out so that micro-batches have like work, and ranks need not
-    wait for each other: the most expensive go first, back and forth. Which samples a step has does not depend on it.
+    With `cost` (position -> work) a step's samples are dealt out so that ranks finish together, and with `tokens` and `pack_tokens` so that
+    no pack is longer (dealing.py). Which samples a step has does not depend on it.
     """
 
     def __init__(
@@ -71,25 +72,21 @@ class MicroBatchPositions(torch.utils.data.Sampler):
         world_size: int,
         first_step: int = 0,
         cost: Callable[[int], float] | None = None,
+        tokens: Callable[[int], int] | None = None,
+        pack_tokens: int | None = None,
     ):
-        self.batch_samples, self.micro_batches, self.cost = batch_samples, micro_batches, cost
-        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        self.batch_samples, self.micro_batches, self.cost, self.tokens = batch_samples, micro_batches, cost, tokens
+        self.rank, self.world_size, self.first_step, self.pack_tokens = rank, world_size, first_step, pack_tokens
 
     def __iter__(self):
         hands = self.micro_batches * self.world_size
-        size = self.batch_samples // hands
         step = self.first_step
         while True:
             positions = list(range(step * self.batch_samples, (step + 1) * self.batch_samples))
             if self.cost is None:
-                dealt = [positions[start : start + size] for start in range(0, len(positions), size)]
+                dealt = deal_in_order(positions, hands)
             else:
-                positions.sort(key=lambda position: (-self.cost(position), position))
-                dealt = [[] for _ in range(hands)]
-                for turn in range(size):
-                    row = positions[turn * hands : (turn + 1) * hands]
-                    for hand, position in enumerate(row if turn % 2 == 0 else reversed(row)):
-                        dealt[hand].append(position)
+                dealt = deal(positions, hands, self.cost, self.tokens, self.pack_tokens)
             for micro in range(self.micro_batches):
                 yield dealt[micro * self.world_size + self.rank]
             step += 1

@@ -3,17 +3,34 @@
 import json
 from pathlib import Path
 
-__all__ = ["from_llava", "read_llava"]
+__all__ = ["from_llava", "read_llava", "split_marks"]
 
 MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
+def split_marks(text: str, left: int) -> tuple[list[dict], int]:
+    """Parts of a text in which up to `left` marks stand for an image each, and how many images are left after it.
+
+    A line break beside a mark belongs to the mark: the renderer writes its own.
+    """
+    parts = []
+    while left and MARK in text:
+        before, _, text = text.partition(MARK)
+        if before.strip():
+            parts.append({"type": "text", "text": before.removesuffix("\n")})
+        parts.append({"type": "image"})
+        text, left = text.removeprefix("\n"), left - 1
+    if text or not parts:
+        parts.append({"type": "text", "text": text})
+    return parts, left
+
+
 def from_llava(sample: dict) -> tuple[list[dict], list[str]]:
     """One LLaVA sample -> messages (image parts without a source) and the image paths, in order.
 
-    A line break beside a mark belongs to the mark: the renderer writes its own. Marks beyond the sample's images stay text. Raises
-    ValueError for a sample without conversations, an unknown speaker, or more images than marks.
+    Marks beyond the sample's images stay text. Raises ValueError for a sample without conversations, an unknown speaker, or more images
+    than marks.
     """
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -27,15 +44,7 @@ def from_llava(sample: dict) -> tuple[list[dict], list[str]]:
         speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(text, str):
             raise ValueError(f"turn {str(turn)[:60]!r}; expected 'from' human or gpt and 'value' text")
-        parts = []
-        while ROLES[speaker] == "user" and left and MARK in text:
-            before, _, text = text.partition(MARK)
-            if before.strip():
-                parts.append({"type": "text", "text": before.removesuffix("\n")})
-            parts.append({"type": "image"})
-            text, left = text.removeprefix("\n"), left - 1
-        if text or not parts:
-            parts.append({"type": "text", "text": text})
+        parts, left = split_marks(text, left) if ROLES[speaker] == "user" else ([{"type": "text", "text": text}], left)
         messages.append({"role": ROLES[speaker], "content": parts})
     if left:
         raise ValueError(f"{len(images)} images but {len(images) - left} {MARK} marks; expected one for each image")

@@ -139,8 +139,14 @@ def parts_table(model: nn.Module, parts: Parts, groups: list[dict] = ()) -> str:
     return "\n".join(lines)
 
 
-def make_optimizer(groups: list[dict], settings: Optimizer) -> torch.optim.Optimizer:
-    """AdamW, or Muon and AdamW, over `parameter_groups`."""
+def make_optimizer(groups: list[dict], settings: Optimizer, *, offload: bool = False) -> torch.optim.Optimizer:
+    """AdamW, or Muon and AdamW, over `parameter_groups`. `offload`: the update is made by the processor; beside a GPU by DeepSpeed's AdamW
+    for processors, which it builds at its first use (a C++ compiler and ninja)."""
+    if offload and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, betas=(settings.beta1, settings.beta2), eps=1e-8, adamw_mode=True)
     if settings.kind == "muon":
         return MuonAdamW(groups, betas=(settings.beta1, settings.beta2))
-    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=1e-8, foreach=True)
+    # Fused: one pass over weights, gradients and moments; the other ways make temporary copies as large as the model.
+    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)

@@ -4,6 +4,9 @@ Every rank reads its share; ranks without a sample left run a blank pack, becaus
 Random states are put back afterwards: a run that looks at its held-out loss makes the same steps as one that does not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from train_vlm.batching import pack
@@ -12,7 +15,21 @@ from train_vlm.ranks import sum_over_ranks
 from train_vlm.reading import SampleStream
 from train_vlm.training_step import forward_inputs, losses_by_source
 
-__all__ = ["heldout_loss"]
+__all__ = ["heldout_loss", "looking"]
+
+
+@contextmanager
+def looking(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode; afterwards its modes and all random states are what they were."""
+    training = {module: module.training for module in model.modules()}
+    states = random_states()
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+        set_random_states(states)
 
 
 @torch.no_grad()
@@ -23,11 +40,8 @@ def heldout_loss(engine, stream: SampleStream, processor, *, samples: int, pack_
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     dtype = engine.module.vision_encoder.weight_dtype
-    training = {module: module.training for module in engine.module.modules()}
-    states = random_states()
-    engine.module.eval()
     sums = torch.zeros(2, len(names), dtype=torch.float64)  # losses, supervised tokens
-    try:
+    with looking(engine.module):
         for start in range(0, samples, pack_samples * ranks):
             places = range(start + rank * pack_samples, min(start + (rank + 1) * pack_samples, samples))
             batch = pack([stream[place] for place in places], processor.renderer.end_of_turn_id, processor.image_processor.tile_size)
@@ -35,10 +49,6 @@ def heldout_loss(engine, stream: SampleStream, processor, *, samples: int, pack_
             sums[0] += losses_by_source(output, batch, len(names))
             for sample in batch["samples"]:
                 sums[1, sample["source"]] += sample["supervised_tokens"]
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-        set_random_states(states)
     losses, tokens = sum_over_ranks(sums, engine.device)
     result = {"heldout_loss": float(losses.sum() / tokens.sum().clamp(min=1))}
     return result | {f"heldout_loss/{name}": float(loss / count) for name, loss, count in zip(names, losses, tokens, strict=True) if count}

@@ -13,11 +13,20 @@ from train_vlm.recipe import RecipeError, load_recipe
 __all__ = ["run_program"]
 
 
+def _plain(value):
+    """Tuples as lists, which is what a recipe has."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
 def run_program(stage: str, description: str, arguments: list[str] | None = None) -> int:
     """Parse, check, train. Returns the exit code: 0, 2 for a wrong recipe or input, 3 for a run that failed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and what it takes (parameters, memory, time), and stop"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of a recipe key, such as run.steps=100")
     options = parser.parse_intermixed_args(arguments)
@@ -27,7 +36,10 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
         if recipe.stage != stage:
             raise RecipeError(f"the recipe's stage is {recipe.stage}; this program runs stage {stage} (use train_vlm/{recipe.stage}.py)")
         if options.dry_run:
-            print(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False).rstrip())
+            print(yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False))
+            from train_vlm.planning import plan_text
+
+            print(plan_text(recipe))
             return 0
         from train_vlm.ranks import FailedElsewhereError
         from train_vlm.trainer import train
@@ -39,6 +51,10 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
         return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"{stage}: {error}", file=sys.stderr)
+        return 2
+    except torch.distributed.DistError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"{stage}: the ranks cannot meet: {reason}; is the port in use? deepspeed --master_port N gives another", file=sys.stderr)
         return 2
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"{stage}: {error}", file=sys.stderr)

@@ -3,20 +3,25 @@
 Order matters: what is decided (start, parts, costs) is decided while the model is whole, before ZeRO-3 hands its weights out to ranks.
 """
 
-import contextlib
-import io
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from train_vlm.accounts import source_names
+from train_vlm.adapters import put_on_adapters
 from train_vlm.batching import MicroBatchPositions, pack
 from train_vlm.checkpointing import load_checkpoint, reshaped
+from train_vlm.dealing import Dealt, fitting_micro_batches, predict
+from train_vlm.engine_start import keeps_float32, start_engine
 from train_vlm.flops import FlopCosts, count_costs
+from train_vlm.fp8_guard import Fp8Guard, start_fp8
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups, parts_table, rate_name
+from train_vlm.kept_precision import widen_kept
 from train_vlm.ledger import Ledger
 from train_vlm.ranks import on_first_rank, start_deepspeed
 from train_vlm.reading import SampleStream
@@ -24,16 +29,22 @@ from train_vlm.recipe import Recipe
 from train_vlm.resuming import Standing, Start, look_for_start
 from train_vlm.run_identity import describe_run
 from vlm.checkpoint import load_model
+from vlm.lora import AdapterWatch
 from vlm.processing import VLMProcessor
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "sample_costs"]
+
+FITTED_STEPS = 5000  # whose packs are looked at for data.pack_tokens: some seconds
 
 
 @dataclass
 class Prepared:
     """engine: DeepSpeed's, around the model; optimizer: its groups are what rates are set on; calendars: (name, peak rate, warm-up) of each
-    group; heldout: the stream of held-out samples; described: what makes this run this run; standing and ledger: where it goes on."""
+    group; heldout: the stream of held-out samples; described: what makes this run this run; standing and ledger: where it goes on;
+    recipe: with the micro-batches that its packs need; dealt: how even the ranks' work will be; watch: adapters waiting for a gradient;
+    fp8: the guard of the decoder's FP8 layers."""
 
+    recipe: Recipe
     engine: object
     optimizer: object
     calendars: list[tuple[str, float, float]]
@@ -46,13 +57,19 @@ class Prepared:
     standing: Standing
     ledger: Ledger
     parts: str
+    dealt: Dealt
+    watch: AdapterWatch | None
+    fp8: Fp8Guard | None
 
-    def batches(self, recipe: Recipe):
+    def batches(self):
         """This rank's packs, from the step on at which the run stands."""
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         filler, tile_size = self.processor.renderer.end_of_turn_id, self.processor.image_processor.tile_size
-        data = recipe.data
-        places = MicroBatchPositions(data.batch_samples, data.micro_batches, rank, ranks, self.standing.step, cost=self.stream.tokens)
+        data = self.recipe.data
+        cost, tokens = sample_costs(self.stream, self.costs)
+        places = MicroBatchPositions(
+            data.batch_samples, data.micro_batches, rank, ranks, self.standing.step, cost=cost, tokens=tokens, pack_tokens=data.pack_tokens
+        )
         return iter(DataLoader(
             self.stream,
             batch_sampler=places,
@@ -62,15 +79,33 @@ class Prepared:
         ))  # fmt: skip
 
 
+def sample_costs(stream: SampleStream, costs: FlopCosts) -> tuple[Callable[[int], float], Callable[[int], int]]:
+    """(operations, tokens) of the sample at a position, from the shards' indexes."""
+    return lambda position: costs.step([stream.expected(position)]), lambda position: stream.expected(position)["tokens"]
+
+
+def _fitted(recipe: Recipe, stream: SampleStream, costs: FlopCosts, ranks: int) -> Recipe:
+    """The recipe with as many micro-batches as data.pack_tokens needs."""
+    data = recipe.data
+    if data.pack_tokens is None:
+        return recipe
+    cost, tokens = (cache(measure) for measure in sample_costs(stream, costs))
+    steps = min(recipe.run.steps or FITTED_STEPS, FITTED_STEPS)
+    found = fitting_micro_batches(data.batch_samples, data.micro_batches, ranks, cost, tokens, pack_tokens=data.pack_tokens, steps=steps)
+    return replace(recipe, data=replace(data, micro_batches=found))
+
+
 def _plan(recipe: Recipe, stream: SampleStream, ranks: int) -> str:
     lines = [
         f"{source.folder}: {source.left_out:,} samples of more tiles than at_most_tiles are not read"
         for source in stream.sources
         if source.left_out
     ]
+    data, settings = recipe.data, recipe.run
     lines.append(
-        f"{sum(map(len, stream.sources)):,} samples in {len(stream.sources)} sources; {recipe.data.batch_samples} a step on {ranks} "
-        f"rank(s), ZeRO {recipe.run.zero_stage}, {recipe.run.precision}, {torch.get_num_threads()} thread(s) a rank"
+        f"{sum(map(len, stream.sources)):,} samples in {len(stream.sources)} sources; {data.batch_samples} a step on {ranks} rank(s) in "
+        f"{data.micro_batches} pack(s) each, ZeRO {settings.zero_stage}{f' ({settings.offload} offloaded)' if settings.offload else ''}, "
+        f"{settings.precision}, {torch.get_num_threads()} thread(s) a rank"
     )
     return "\n".join(lines)
 
@@ -80,10 +115,12 @@ def prepare(recipe: Recipe) -> Prepared | None:
 
     Raises ValueError or FileNotFoundError for inputs that do not fit and for what another recipe left behind.
     """
-    deepspeed, rank, ranks, device = start_deepspeed(recipe)
-    settings = recipe.deepspeed_config(ranks)
+    _, rank, ranks, device = start_deepspeed(recipe)
+    recipe.deepspeed_config(ranks)  # whether the batch divides, before a model is read
     torch.manual_seed(recipe.run.seed)
     model, processor = load_model(recipe.model, dtype=torch.bfloat16 if recipe.run.precision == "bfloat16" else torch.float32)
+    if keeps_float32(recipe):
+        widen_kept(model)
     reading = {"seed": recipe.run.seed, "max_tokens": recipe.data.max_tokens}
     stream = SampleStream(recipe.data.sources, processor, **reading)
     heldout = SampleStream(recipe.data.heldout, processor, **reading) if recipe.data.heldout else None
@@ -96,17 +133,26 @@ def prepare(recipe: Recipe) -> Prepared | None:
     apply_parts(model, recipe.parts)
     model.activation_checkpointing = recipe.run.activation_checkpointing
     model.training = True
+    reached = put_on_adapters(model, recipe.lora) if recipe.lora else None
     groups, costs = parameter_groups(model, recipe.parts, recipe.optimizer), count_costs(model)
-    parts = parts_table(model, recipe.parts, groups)
+    parts = parts_table(model, recipe.parts, groups) + (f"\n{reached}" if reached else "")
+    fp8 = start_fp8(model, recipe.fp8)
+    parts += f"\n{fp8.report.summary()}" if fp8 else ""
+    recipe = _fitted(recipe, stream, costs, ranks)
+    settings = recipe.deepspeed_config(ranks)
+    first_step = start.standing.step if start.standing else 0
+    dealt = predict(recipe.data.batch_samples, recipe.data.micro_batches, ranks, *(cache(m) for m in sample_costs(stream, costs)),
+                    pack_tokens=recipe.data.pack_tokens, first_step=first_step)  # fmt: skip
     if rank == 0:
-        print(f"{parts}\n{_plan(recipe, stream, ranks)}", flush=True)
+        print(f"{parts}\n{_plan(recipe, stream, ranks)}\n{dealt.text(ranks)}", flush=True)
     # The optimizer's shards of other ranks than before are laid out anew first.
     needs_layout = start.checkpoint is not None and start.ranks != ranks and recipe.run.zero_stage > 0
     laid_out = on_first_rank(lambda: reshaped(start.checkpoint)) if needs_layout else None
     if needs_layout:
         settings["checkpoint"] = {"load_universal": True}
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a page about memory for bfloat16
-        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=make_optimizer(groups, recipe.optimizer), config=settings)
+    optimizer = make_optimizer(groups, recipe.optimizer, offload=bool(recipe.run.offload))
+    engine, optimizer = start_engine(model, optimizer, recipe, settings, ranks)
+    watch = AdapterWatch(engine.module) if recipe.lora else None
     # Read now: loading a checkpoint may put new groups in the place of these.
     calendars = [(rate_name(group), group["peak_lr"], group["warmup"]) for group in optimizer.param_groups]
     standing = Standing()
@@ -115,10 +161,15 @@ def prepare(recipe: Recipe) -> Prepared | None:
         load_checkpoint(engine, start.checkpoint, start.ranks, engine_folder=laid_out)
         standing, ledger = start.standing, ledger.restore(start.ledger)
         standing.starts += 1
+        if fp8:
+            fp8.restore(standing.fp8_put_back)
         if rank == 0:
             print(f"going on from {start.checkpoint}: step {standing.step}, {standing.spent_seconds:.0f} s of training", flush=True)
     if laid_out:
         torch.distributed.barrier()
         if rank == 0:
             shutil.rmtree(laid_out, ignore_errors=True)
-    return Prepared(engine, optimizer, calendars, processor, stream, heldout, costs, described, start, standing, ledger, parts)
+    return Prepared(
+        recipe, engine, optimizer, calendars, processor, stream, heldout, costs, described, start, standing, ledger, parts, dealt, watch,
+        fp8,
+    )  # fmt: skip

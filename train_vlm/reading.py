@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from train_vlm.plain_text import prepare_text
 from train_vlm.recipe import Source
 from vlm.processing import VLMProcessor
 from vlm.tiling import open_image
@@ -19,6 +20,11 @@ __all__ = ["SampleStream", "ShardedSource", "blend_cycle"]
 
 CYCLE = 1000
 OPEN_SHARDS = 64
+
+
+def _image_members(entry: dict) -> list[str]:
+    """Names of a sample's images, in order."""
+    return sorted((name for name in entry["members"] if name != "json"), key=lambda name: int(name.split(".")[0]))
 
 
 class ShardedSource:
@@ -49,9 +55,14 @@ class ShardedSource:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __del__(self):
+    def close(self) -> None:
+        """Close the shards; the next read opens them again."""
         for file in getattr(self, "_files", {}).values():
             file.close()
+        self._files = OrderedDict()
+
+    def __del__(self):
+        self.close()
 
     def never_read(self) -> dict[str, int]:
         """What is not read at all: left out by `at_most_tiles`, and by reason when the shards were written."""
@@ -74,15 +85,23 @@ class ShardedSource:
             raise ValueError(f"shard {shard} is truncated: {len(content)} of {place[1]} bytes at {place[0]}")
         return content
 
-    def read(self, number: int) -> tuple[str, list[dict]]:
-        """The id and the messages of a sample, images in place as RGB. Raises ValueError when an image cannot be decoded."""
+    def content(self, number: int) -> tuple[bytes, list[bytes]]:
+        """The JSON of a sample and its images' files, as they stand in the shard. Raises ValueError when the shard is cut off."""
         shard, entry = self.entries[number]
-        record = json.loads(self._read(shard, entry["members"]["json"]))
-        names = sorted((name for name in entry["members"] if name != "json"), key=lambda name: int(name.split(".")[0]))
+        return self._read(shard, entry["members"]["json"]), [self._read(shard, entry["members"][name]) for name in _image_members(entry)]
+
+    def read(self, number: int) -> tuple[str, list[dict] | str]:
+        """The id and the messages of a sample, images in place as RGB, or its plain text. Raises ValueError when an image cannot be
+        decoded."""
+        entry = self.entries[number][1]
+        record, contents = self.content(number)
+        record = json.loads(record)
+        if "text" in record:
+            return record["id"], record["text"]
         images = []
-        for name in names:
+        for name, content in zip(_image_members(entry), contents, strict=True):
             try:
-                images.append(open_image(io.BytesIO(self._read(shard, entry["members"][name]))))
+                images.append(open_image(io.BytesIO(content)))
             except ValueError as error:
                 raise ValueError(f"image {name} of sample {entry['key']} is broken: {error}") from error
         waiting = iter(images)
@@ -142,21 +161,36 @@ class SampleStream(torch.utils.data.Dataset):
                 self._orders.popitem(last=False)
         return self._orders[key]
 
-    def tokens(self, position: int) -> int:
-        """Tokens of the sample at a position, by its index entry: with all its tiles, before any are taken away."""
+    def expected(self, position: int) -> dict:
+        """{"tiles", "tokens", "supervised_tokens"} of the sample at a position, from its index entry alone; all 0 for one that is too long.
+
+        The tiles that the source's limit and the run's longest sample take away are estimated (the index has no image sizes): good for
+        what a sample costs.
+        """
         source, number = self.locate(position)
-        return self.sources[source].entries[number][1]["tokens"]
+        entry, limit = self.sources[source].entries[number][1], self.settings[source].max_tiles
+        a_tile = self.processor.visual_tokens_per_tile + 1  # and its tag
+        tiles = entry["tiles"] if limit is None else [min(count, limit + (limit > 1)) for count in entry["tiles"]]
+        tokens = entry["tokens"] - a_tile * (sum(entry["tiles"]) - sum(tiles))
+        taken = min(max(0, -(-(tokens - self.max_tokens) // a_tile)), sum(tiles) - len(tiles))
+        found = {"tiles": sum(tiles) - taken, "tokens": tokens - taken * a_tile, "supervised_tokens": entry["supervised_tokens"]}
+        return found if found["tokens"] <= self.max_tokens else dict.fromkeys(found, 0)
 
     def __getitem__(self, position: int) -> dict:
+        return self.sample(*self.locate(position))
+
+    def sample(self, source: int, number: int) -> dict:
         """{"source", "id", "input_ids", "labels", "pixels" uint8 (N, H, W, 3), "tiles_reduced"} or {"source", "id", "skipped": reason}."""
-        source, number = self.locate(position)
         name = f"{Path(self.settings[source].shards).name}/{self.sources[source].entries[number][1]['key']}"
         try:
             name, messages = self.sources[source].read(number)
-            sample = self.processor.prepare(messages, max_tokens=self.max_tokens, max_tiles=self.settings[source].max_tiles)
+            if isinstance(messages, str):
+                sample = prepare_text(messages, self.processor, self.max_tokens)
+            else:
+                sample = self.processor.prepare(messages, max_tokens=self.max_tokens, max_tiles=self.settings[source].max_tiles)
         except ValueError as error:
             words = str(error)
-            reason = "image missing" if words.startswith("image missing") else "too long" if "tokens with one tile" in words else "broken"
+            reason = "image missing" if words.startswith("image missing") else "too long" if " fit; " in words else "broken"
             return {"source": source, "id": name, "skipped": reason, "detail": str(error)}
         if not any(label >= 0 for label in sample.rendered.labels):
             return {"source": source, "id": name, "skipped": "nothing supervised", "detail": "no assistant text"}

@@ -11,14 +11,19 @@ from pathlib import Path
 
 import yaml
 
-from train_vlm.recipe_sections import Data, Optimizer, Part, Parts, RecipeError, Run, Source
+from train_vlm.fp8_section import Fp8
+from train_vlm.plan_section import Plan
+from train_vlm.recipe_sections import Data, Lora, Optimizer, Part, Parts, RecipeError, Run, Source
 
-__all__ = ["Data", "Optimizer", "Part", "Parts", "Recipe", "RecipeError", "Run", "Source", "load_recipe"]
+__all__ = ["Data", "Fp8", "Lora", "Optimizer", "Part", "Parts", "Plan", "Recipe", "RecipeError", "Run", "Source", "load_recipe"]
+
+SECTIONS = {"data": Data, "parts": Parts, "run": Run, "optimizer": Optimizer, "lora": Lora, "fp8": Fp8, "plan": Plan}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run: stage (align or sft), the model folder to start from, the folder to write, and the four sections."""
+    """One run: stage (align or sft), the model folder to start from, the folder to write, and the sections; lora: adapters on the decoder
+    (null: it trains itself); plan: what --dry-run assumes."""
 
     stage: str
     model: str
@@ -27,6 +32,9 @@ class Recipe:
     parts: Parts
     run: Run
     optimizer: Optimizer = field(default_factory=Optimizer)
+    lora: Lora | None = None
+    fp8: Fp8 = field(default_factory=Fp8)
+    plan: Plan | None = None
 
     def __post_init__(self):
         if self.optimizer.kind == "muon" and (self.run.zero_stage, self.run.precision) != (0, "float32"):
@@ -35,11 +43,17 @@ class Recipe:
             raise RecipeError(f"stage is {self.stage!r}; expected align or sft")
         if self.stage == "align" and ("language_model" in self.parts.trained or "projector" not in self.parts.trained):
             raise RecipeError("stage align trains the projector with a frozen language model; for other parts use stage sft")
+        if self.lora is not None and "language_model" not in self.parts.trained:
+            raise RecipeError("lora puts adapters on the language model; give parts.language_model their learning rate")
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise RecipeError("lora with optimizer.kind muon: an adapter's matrices are too narrow for it; use adamw")
 
     def deepspeed_config(self, world_size: int) -> dict:
         """The dictionary DeepSpeed takes. Raises RecipeError when the batch does not divide."""
         share = world_size * self.data.micro_batches
-        if self.data.batch_samples % share:
+        if self.data.batch_samples < world_size:
+            raise RecipeError(f"data.batch_samples is {self.data.batch_samples}; expected at least one for each of {world_size} ranks")
+        if self.data.pack_tokens is None and self.data.batch_samples % share:
             raise RecipeError(
                 f"data.batch_samples is {self.data.batch_samples}; expected a multiple of ranks x micro_batches "
                 f"= {world_size} x {self.data.micro_batches}"
@@ -59,6 +73,11 @@ class Recipe:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         if self.run.zero_stage == 3:
             config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if self.run.offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+            config["zero_force_ds_cpu_optimizer"] = False  # torch's own AdamW where DeepSpeed's for processors is not built
+        if self.run.offload == "all":
+            config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
         return config
 
 
@@ -77,15 +96,21 @@ def _build(kind, values, path: str):
         raise RecipeError(f"missing key {path}{missing[0]}; the recipe needs it")
     built = {}
     for key, value in values.items():
-        section = {"data": Data, "parts": Parts, "run": Run, "optimizer": Optimizer}.get(key) if kind is Recipe else None
-        if section:
+        section = SECTIONS.get(key) if kind is Recipe else None
+        if section and (value is not None or fields[key].default is not None):
             value = _build(section, value, f"{path}{key}.")
+        elif section:
+            pass  # a section that may be left out
         elif kind is Parts and isinstance(value, dict):
             value = _build(Part, value, f"{path}{key}.")
         elif kind is Data and key in ("sources", "heldout"):
             if not isinstance(value, list):
                 raise RecipeError(f"{path}{key} is {value!r}; expected a list of {{shards: FOLDER}}")
             value = tuple(_build(Source, item, f"{path}{key}.{number}.") for number, item in enumerate(value))
+        elif kind is Lora and key == "targets" and value is not None:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise RecipeError(f"{path}{key} is {value!r}; expected a list of layer names, or null")
+            value = tuple(value)
         else:
             value = _checked(fields[key].type, value, f"{path}{key}")
         built[key] = value
@@ -122,7 +147,9 @@ def _override(values: dict, text: str) -> None:
         if isinstance(place, list) and parent.isdigit() and int(parent) < len(place):
             place = place[int(parent)]
         elif isinstance(place, dict):
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:  # absent, or null
+                place[parent] = {}
+            place = place[parent]
         else:
             raise RecipeError(f"unknown key {path}; {parent} is no section")
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):

@@ -6,7 +6,7 @@ A wrong value dies here, with the key's name, before a model is touched. How the
 import dataclasses
 from dataclasses import dataclass
 
-__all__ = ["Data", "Optimizer", "Part", "Parts", "RecipeError", "Run", "Source"]
+__all__ = ["Data", "Lora", "Optimizer", "Part", "Parts", "RecipeError", "Run", "Source"]
 
 
 class RecipeError(ValueError):
@@ -33,15 +33,19 @@ class Source:
 @dataclass(frozen=True)
 class Data:
     """sources: what is mixed; heldout: sources whose loss is measured and not trained on, heldout_samples: how many of their samples;
+    heldout_text: a plain text file whose perplexity is told before the first and after the last step (is the language kept?);
     batch_samples: samples of one optimizer step over all ranks and micro-batches; micro_batches: forward passes
-    of a rank per step; max_tokens: longest sample, in tokens; workers: reading processes per rank; max_skipped_percent: unusable samples
+    of a rank per step; pack_tokens: longest pack (one forward pass of a rank), in tokens: micro_batches then grows until the packs of the
+    run fit; max_tokens: longest sample, in tokens; workers: reading processes per rank; max_skipped_percent: unusable samples
     (broken, missing, too long, nothing supervised) among those seen, above which the run stops."""
 
     sources: tuple[Source, ...]
     heldout: tuple[Source, ...] = ()
     heldout_samples: int = 256
+    heldout_text: str | None = None
     batch_samples: int = 32
     micro_batches: int = 1
+    pack_tokens: int | None = None
     max_tokens: int = 4096
     workers: int = 1
     max_skipped_percent: float = 1.0
@@ -52,6 +56,8 @@ class Data:
         for name in ("batch_samples", "micro_batches", "max_tokens", "heldout_samples"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"data.{name} is {getattr(self, name)}; expected at least 1")
+        if self.pack_tokens is not None and self.pack_tokens < self.max_tokens:
+            raise RecipeError(f"data.pack_tokens is {self.pack_tokens}; expected at least data.max_tokens ({self.max_tokens})")
         if self.workers < 0 or not self.max_skipped_percent >= 0:
             raise RecipeError(f"data.workers is {self.workers} and max_skipped_percent {self.max_skipped_percent}; expected 0 or more")
 
@@ -109,6 +115,27 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters on the decoder, whose own weights are then frozen; parts.language_model is their rate. rank, alpha, dropout: peft's.
+    targets: names of layers (in_proj, out_proj, q_proj, ... or longer; null: every projection). merge: OUT has the adapters in its weights,
+    a plain model; without it OUT has the decoder as it was, for vlm.lora.load_adapter. OUT.adapter holds them alone either way."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    merge: bool = True
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+            raise RecipeError(
+                f"lora has rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}; expected rank >= 1, alpha > 0, dropout in [0, 1)"
+            )
+        if self.targets is not None and not self.targets:
+            raise RecipeError("lora.targets is empty; expected names of layers, or null for every projection")
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """kind: adamw, or muon (matrices by Muon, the rest by AdamW; needs ZeRO stage 0 and float32; `muon_rate` is the peak rate of a matrix
     relative to its part's). The calendar: warmup: share of all steps with a rising rate; final: last rate as a share of the peak (cosine);
@@ -140,6 +167,8 @@ class Optimizer:
 class Run:
     """steps: optimizer steps; or minutes: training time, after which the run is at its final rate and ends (give one of the two).
     zero_stage: DeepSpeed ZeRO 0..3; precision: float32 or bfloat16; activation_checkpointing: keep block inputs only; log_every: steps.
+    offload: what lies in the machine's memory in place of the card's: optimizer (its states and float32 weights; ZeRO 1 to 3), or all (the
+    weights, too; ZeRO 3).
     heldout_every: steps between two looks at the held-out loss (null: at the end only, when there are held-out sources).
     wandb: project of Weights & Biases to report to; peak_teraflops: of one device, for the MFU (null: known by its name, or measured).
 
@@ -152,6 +181,7 @@ class Run:
     minutes: float | None = None
     seed: int = 0
     zero_stage: int = 1
+    offload: str | None = None
     precision: str = "float32"
     activation_checkpointing: bool = False
     log_every: int = 5
@@ -178,6 +208,11 @@ class Run:
             raise RecipeError(f"run.peak_teraflops is {self.peak_teraflops}; expected more than 0")
         if self.zero_stage not in (0, 1, 2, 3):
             raise RecipeError(f"run.zero_stage is {self.zero_stage}; expected 0, 1, 2 or 3")
+        if self.offload not in (None, "optimizer", "all"):
+            raise RecipeError(f"run.offload is {self.offload!r}; expected optimizer, all, or null")
+        if self.offload and self.zero_stage < (3 if self.offload == "all" else 1):
+            stages = "3" if self.offload == "all" else "1 to 3"
+            raise RecipeError(f"run.offload is {self.offload} with run.zero_stage {self.zero_stage}; expected stage {stages}")
         if self.precision not in ("float32", "bfloat16"):
             raise RecipeError(f"run.precision is {self.precision!r}; expected float32 or bfloat16")
         if self.precision == "bfloat16" and self.zero_stage == 0:

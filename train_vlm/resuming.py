@@ -7,7 +7,7 @@ overwritten in silence: the run is refused with the keys that differ, or told to
 import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from train_vlm.checkpointing import newest_checkpoint
@@ -24,13 +24,15 @@ COST_SHARE = 0.02  # saving by the clock takes at most this share of the time
 @dataclass
 class Standing:
     """Where a run stands: optimizer steps made, the smoothed loss, seconds of training (pauses between starts left out) and of waiting for
-    data, and how often it was started."""
+    data, how often it was started, the perplexity of the recipe's text before the first step, and layers that were put back from FP8."""
 
     step: int = 0
     smooth_loss: float | None = None
     spent_seconds: float = 0.0
     waiting_seconds: float = 0.0
     starts: int = 1
+    text_perplexity: float | None = None
+    fp8_put_back: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -18,7 +18,8 @@ __all__ = ["describe_run", "difference", "fingerprint_model", "fingerprint_shard
 FREE = {
     "run": {"steps", "minutes", "log_every", "heldout_every", "wandb", "peak_teraflops", "threads_per_rank", "save_every_steps",
             "save_every_minutes", "keep", "replace"},
-    "data": {"heldout", "heldout_samples", "workers", "micro_batches", "max_skipped_percent"},
+    "data": {"heldout", "heldout_samples", "heldout_text", "workers", "micro_batches", "pack_tokens", "max_skipped_percent"},
+    "lora": {"merge"},
 }  # fmt: skip
 PIECES, PIECE_BYTES = 32, 1 << 16
 
@@ -52,8 +53,11 @@ def fingerprint_model(folder: str | Path) -> str:
 def describe_run(recipe: Recipe) -> dict:
     """What must be the same for a run to go on: {key: value}, keys as in overrides, in JSON's types."""
     described = {"stage": recipe.stage, "model": fingerprint_model(recipe.model)}
-    for section in ("data", "parts", "optimizer", "run"):
-        for key, value in dataclasses.asdict(getattr(recipe, section)).items():
+    for section in ("data", "parts", "optimizer", "run", "lora", "fp8"):
+        settings = getattr(recipe, section)
+        if section == "fp8" and not settings.enabled:
+            continue
+        for key, value in dataclasses.asdict(settings).items() if settings is not None else ():
             if key in FREE.get(section, ()):
                 continue
             if key == "sources":

@@ -72,11 +72,11 @@ class RunLog:
         (folder / "summary.json").unlink(missing_ok=True)
         if step == 0:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        if wandb is not None:
+            self.wandb = _start_wandb(wandb, folder, settings or {}, goes_on=step > 0)
         cut_log(folder / "log.jsonl", step)
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if wandb is not None:
-            self.wandb = _start_wandb(wandb, folder, settings or {}, goes_on=step > 0)
         # In a file or a pipe a bar is a line each time: once in half a minute is enough.
         self.bar = tqdm(
             total=total_steps, initial=step, desc=title, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0, dynamic_ncols=True
@@ -103,6 +103,15 @@ class RunLog:
         rates = [value for name, value in values.items() if name.startswith("lr/")]
         if rates:
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}, rate {max(rates):.1e}", refresh=False)
+
+    def tell(self, step: int, event: dict) -> None:
+        """What happens now and then: {"event": its kind, "text": a line for the reader, ...}, printed and written to log.jsonl."""
+        if self.folder is None:
+            return
+        self.file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.started, 2), **event}) + "\n")
+        self.file.flush()
+        tqdm.write(event["text"], file=sys.stdout)
+        sys.stdout.flush()
 
     def close(self, summary: dict | None = None) -> None:
         if self.folder is None:

@@ -1,151 +1,128 @@
-"""webdataset tar shards, each with an index beside it, so that any sample can be read by its number.
+"""Make training shards from files as they are published, and check them before a run does.
 
-    python -m train_vlm.shards convert --llava FILE --images DIR --model DIR --out DIR [--samples-per-shard N]
+    python -m train_vlm.shards convert --llava FILE --images DIR --model DIR --out DIR
+    python -m train_vlm.shards convert --messages FILE.jsonl | --gqa FILE | --vizwiz FILE | --captions FILE | --text FILE  ...
+    python -m train_vlm.shards convert --vqav2 QUESTIONS --annotations FILE ...
+    python -m train_vlm.shards check --shards DIR --model DIR [--against EVALUATION_IMAGES ...]
 
-A shard holds, per sample, `KEY.json` (messages) and `KEY.0.jpg`, `KEY.1.png`, ... (image bytes as they came). The index has a line each:
-key, place of each member (offset and size in bytes), tiles, tokens and a hash. webdataset writes the tar; reading is ours (reading.py),
-because an exact resume needs positions, not streams.
+A shard holds, per sample, `KEY.json` (messages) and `KEY.0.jpg`, `KEY.1.png`, ... (image bytes as they came). The index beside it has a
+line each: key, place of each member (offset and size in bytes), tiles, tokens and a hash. webdataset writes the tar; reading is ours
+(reading.py), because an exact resume needs positions, not streams.
 """
 
 import argparse
-import hashlib
-import json
-import os
 import sys
-import tarfile
-import time
-from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
-from train_vlm.conversations import from_llava, read_llava
-from vlm.files import write_whole
+from train_vlm.conversations import read_llava
+from train_vlm.messages_files import read_messages
+from train_vlm.official_samples import caption_samples, gqa_samples, vizwiz_samples, vqav2_samples
+from train_vlm.plain_text import text_records
+from train_vlm.shard_check import check_shards
+from train_vlm.shard_writing import convert, measure_sample
 from vlm.processing import VLMProcessor
-from vlm.tiling import open_image
 
 __all__ = ["convert", "main", "measure_sample"]
 
 
-def measure_sample(messages: list[dict], sizes: list[tuple[int, int]], processor: VLMProcessor) -> tuple[list[int], int, int]:
-    """Tiles of each image, tokens, and supervised tokens of a sample whose images have these (width, height), with no tile taken away."""
-    tiles = [processor.image_processor.count_tiles(*size) for size in sizes]
-    rendered = processor.renderer.render(messages, tiles)
-    return tiles, len(rendered.input_ids), sum(label >= 0 for label in rendered.labels)
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train_vlm.shards", description="Training shards with an index: write and check them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("convert", help="files of samples -> shards")
+    given = make.add_mutually_exclusive_group(required=True)
+    given.add_argument("--llava", metavar="FILE", help="LLaVA JSON")
+    given.add_argument("--messages", metavar="FILE", help="OpenAI-style messages, .jsonl")
+    given.add_argument("--vqav2", metavar="FILE", help="official VQAv2 questions, with --annotations")
+    given.add_argument("--gqa", metavar="FILE", help="official GQA questions, or the folder of their pieces")
+    given.add_argument("--vizwiz", metavar="FILE", help="official VizWiz train.json")
+    given.add_argument("--captions", metavar="FILE", help="COCO captions, or a JSON list of {image, caption}")
+    given.add_argument("--text", metavar="FILE", help='plain text, or .jsonl with {"text": ...} a line: language to go on with')
+    make.add_argument("--annotations", metavar="FILE", help="official VQAv2 annotations")
+    make.add_argument("--images", metavar="DIR", help="folder that the files' image names are in")
+    make.add_argument("--out", required=True, metavar="DIR")
+    make.add_argument("--samples-per-shard", type=int, default=2000)
+    make.add_argument("--questions-per-sample", type=int, default=8, help="of VQAv2 and GQA, about one image (default 8)")
+    make.add_argument("--text-tokens", type=int, default=512, help="longest piece of a text (default 512)")
+    check = commands.add_parser("check", help="read every sample; histograms, faults, and images shared with evaluation sets")
+    check.add_argument("--shards", required=True, metavar="DIR")
+    check.add_argument(
+        "--against", action="append", default=[], metavar="DIR", help="images of an evaluation set: folder or .zip; repeatable"
+    )
+    check.add_argument("--max-tokens", type=int, default=4096, help="longest sample of the run to come (default 4096)")
+    check.add_argument("--max-tiles", type=int, help="limit per image of the run to come, without the thumbnail")
+    check.add_argument("--workers", type=int, default=2, help="reading processes (default 2)")
+    for command in (make, check):
+        command.add_argument("--model", required=True, metavar="DIR", help="model folder whose processor counts tiles and tokens")
+        command.add_argument("--max-skipped-percent", type=float, default=1.0, help="more unusable samples than this is an error")
+    return parser.parse_args(arguments)
 
 
-def _index_of(shard: Path, facts: dict[str, dict]) -> str:
-    """JSON lines: one a sample, with the places of its members."""
-    places: dict[str, dict[str, list[int]]] = {}
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            places.setdefault(key, {})[extension] = [member.offset_data, member.size]
-    return "".join(json.dumps({"key": key, "members": places[key], **facts[key]}) + "\n" for key in places)
+def _samples(options: argparse.Namespace, processor: VLMProcessor | None = None) -> list[dict]:
+    """The samples that were asked for. A text needs the processor, which cuts it."""
+    images, per_sample = Path(options.images or "."), options.questions_per_sample
+    if options.llava:
+        return read_llava(options.llava)
+    if options.messages:
+        return read_messages(options.messages)
+    if options.vqav2:
+        return vqav2_samples(options.vqav2, options.annotations, images, per_sample=per_sample)
+    if options.gqa:
+        return gqa_samples(options.gqa, images, per_sample=per_sample)
+    if options.vizwiz:
+        return vizwiz_samples(options.vizwiz)
+    if options.captions:
+        return caption_samples(options.captions)
+    return text_records(options.text, processor, options.text_tokens)
 
 
-def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Path, *, samples_per_shard: int = 2000) -> dict:
-    """LLaVA samples -> shards and indexes in `out`. Unusable samples are left out and counted by reason.
+def _convert(options: argparse.Namespace) -> None:
+    needs_images = next((name for name in ("llava", "vqav2", "gqa", "vizwiz", "captions") if getattr(options, name)), None)
+    if needs_images and not options.images:
+        raise ValueError(f"--{needs_images} needs --images, the folder its paths are in")
+    if bool(options.vqav2) != bool(options.annotations):
+        raise ValueError("--vqav2 and --annotations belong together: the questions and their answers")
+    if options.text_tokens < 2 or options.samples_per_shard < 1 or options.questions_per_sample < 1:
+        raise ValueError(
+            f"--text-tokens is {options.text_tokens}, --samples-per-shard {options.samples_per_shard}, --questions-per-sample "
+            f"{options.questions_per_sample}; expected at least 2, 1 and 1"
+        )
+    samples = None if options.text else _samples(options)  # a malformed file is told before anything is loaded
+    processor = _processor(options.model)
+    samples = _samples(options, processor) if samples is None else samples
+    summary = convert(samples, Path(options.images or "."), processor, Path(options.out), samples_per_shard=options.samples_per_shard)
+    for reason, count in summary["skipped"].items():
+        print(f"skipped {count} samples, {reason}; first: {summary['examples'][reason]}", file=sys.stderr)
+    share = 100 * sum(summary["skipped"].values()) / len(samples)
+    print(
+        f"{summary['samples']} samples, {summary['tiles']} tiles, {summary['tokens']} tokens in {summary['shards']} shards "
+        f"at {options.out} ({summary['seconds']} s)"
+    )
+    if share > options.max_skipped_percent:
+        raise ValueError(
+            f"{share:.1f} % of the samples are unusable; at most {options.max_skipped_percent} % are accepted (--max-skipped-percent)"
+        )
 
-    Returns {"samples", "shards", "skipped": {reason: count}, "examples": {reason: first sample}, "tokens", "tiles", "seconds"}. Raises
-    ValueError when no sample is usable.
-    """
-    import webdataset
 
-    started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("shard-*"):
-        old.unlink()
-    skipped, examples = Counter(), {}
-    totals = Counter()
-    writer, facts, shard = None, {}, None
-
-    def close() -> None:
-        writer.close()
-        os.replace(temporary, shard)
-        write_whole(shard.with_suffix(".index.jsonl"), _index_of(shard, facts))
-
-    temporary = out / ".shard.tar.partial"
-    for number, sample in enumerate(tqdm(samples, desc="shards", unit="sample", leave=False, disable=None)):
-        try:
-            messages, paths = from_llava(sample)
-            contents = []
-            for path in paths:
-                if not (images / path).is_file():
-                    raise FileNotFoundError(f"image missing: {path}")
-                contents.append((images / path).read_bytes())
-            sizes = [open_image(images / path).size for path in paths]
-            tiles, tokens, supervised = measure_sample(messages, sizes, processor)
-            if not supervised:
-                raise ValueError("nothing supervised: no assistant turn")
-        except (ValueError, FileNotFoundError) as error:
-            reason = (
-                "image missing"
-                if isinstance(error, FileNotFoundError)
-                else "image broken"
-                if "readable image" in str(error)
-                else "malformed"
-            )
-            reason = "nothing supervised" if str(error).startswith("nothing supervised") else reason
-            skipped[reason] += 1
-            examples.setdefault(reason, f"sample {sample.get('id', number) if isinstance(sample, dict) else number}: {error}")
-            continue
-        if writer is None:
-            shard, facts = out / f"shard-{totals['shards']:06d}.tar", {}
-            writer = webdataset.TarWriter(str(temporary), mtime=0)
-        key = f"{number:09d}"
-        record = {"id": str(sample.get("id", number)), "messages": messages}
-        members = {"__key__": key, "json": json.dumps(record).encode()}
-        for place, (path, content) in enumerate(zip(paths, contents, strict=True)):
-            members[f"{place}{Path(path).suffix.lower() or '.img'}"] = content
-        writer.write(members)
-        digest = hashlib.sha256(members["json"] + b"".join(contents)).hexdigest()
-        facts[key] = {"tiles": tiles, "tokens": tokens, "supervised_tokens": supervised, "sha256": digest}
-        totals.update(samples=1, tokens=tokens, tiles=sum(tiles))
-        if len(facts) == samples_per_shard:
-            close()
-            writer = None
-            totals["shards"] += 1
-    if writer is not None:
-        close()
-        totals["shards"] += 1
-    if not totals["samples"]:
-        raise ValueError(f"none of {len(samples)} samples is usable: {'; '.join(examples.values())}")
-    summary = {**totals, "skipped": dict(skipped), "examples": examples, "seconds": round(time.monotonic() - started, 1)}
-    write_whole(out / "summary.json", json.dumps(summary, indent=1))
-    return summary
+def _processor(folder: str) -> VLMProcessor:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no model folder at {folder}; make one by python -m vlm.assemble")
+    return VLMProcessor.from_pretrained(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train_vlm.shards", description="Write training shards with an index.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("convert", help="LLaVA JSON -> shards")
-    make.add_argument("--llava", required=True, metavar="FILE")
-    make.add_argument("--images", required=True, metavar="DIR")
-    make.add_argument("--model", required=True, metavar="DIR", help="model folder whose processor counts tiles and tokens")
-    make.add_argument("--out", required=True, metavar="DIR")
-    make.add_argument("--samples-per-shard", type=int, default=2000)
-    make.add_argument("--max-skipped-percent", type=float, default=1.0, help="more unusable samples than this is an error")
-    options = parser.parse_args(arguments)
+    """Exit codes: 0 done; 1 `check` found too many faults or images of an evaluation set; 2 bad input."""
+    options = _options(arguments)
     try:
-        samples = read_llava(options.llava)
-        if not Path(options.model).is_dir():
-            raise FileNotFoundError(f"no model folder at {options.model}; make one by python -m vlm.assemble")
-        processor = VLMProcessor.from_pretrained(options.model)
-        summary = convert(samples, Path(options.images), processor, Path(options.out), samples_per_shard=options.samples_per_shard)
-        for reason, count in summary["skipped"].items():
-            print(f"skipped {count} samples, {reason}; first: {summary['examples'][reason]}", file=sys.stderr)
-        share = 100 * sum(summary["skipped"].values()) / len(samples)
-        print(
-            f"{summary['samples']} samples, {summary['tiles']} tiles, {summary['tokens']} tokens in {summary['shards']} shards "
-            f"at {options.out} ({summary['seconds']} s)"
-        )
-        if share > options.max_skipped_percent:
-            raise ValueError(
-                f"{share:.1f} % of the samples are unusable; at most {options.max_skipped_percent} % are accepted (--max-skipped-percent)"
-            )
-        return 0
-    except (ValueError, FileNotFoundError, OSError) as error:
+        if options.command == "convert":
+            _convert(options)
+            return 0
+        found = check_shards(
+            options.shards, _processor(options.model), max_tokens=options.max_tokens, max_tiles=options.max_tiles,
+            against=options.against, workers=options.workers,
+        )  # fmt: skip
+        print(found.text())
+        return int(found.is_bad(options.max_skipped_percent))
+    except (ValueError, OSError) as error:
         print(f"shards: {error}", file=sys.stderr)
         return 2
 

@@ -15,10 +15,12 @@ import torch
 import yaml
 
 from train_vlm.accounts import Accounts, peak_of
+from train_vlm.adapters import check_adapters, save_trained
 from train_vlm.autopsy import write_autopsy
 from train_vlm.checkpointing import save_checkpoint
 from train_vlm.heldout import heldout_loss
 from train_vlm.ledger import COUNTS, Ledger, count_batches
+from train_vlm.perplexity import measure_perplexity, text_windows
 from train_vlm.preparing import Prepared, prepare
 from train_vlm.progress import Progress, learning_rate_share, share_from_first_rank
 from train_vlm.ranks import sum_over_ranks
@@ -27,7 +29,6 @@ from train_vlm.resuming import SavePlan, checkpoint_content, checkpoints_of, mar
 from train_vlm.run_log import RunLog
 from train_vlm.training_report import write_training_report
 from train_vlm.training_step import NotFiniteError, train_step
-from vlm.checkpoint import save_model
 
 __all__ = ["full_state_dict", "train"]
 
@@ -60,6 +61,7 @@ def train(recipe: Recipe) -> Path:
     run = prepare(recipe)
     if run is None:
         return out
+    recipe = run.recipe
     engine, at, ledger, device = run.engine, run.standing, run.ledger, run.engine.device
     rank, log_folder = torch.distributed.get_rank(), out.with_name(out.name + ".log")
     peak, peak_source = peak_of(device, recipe.run.precision, recipe.run.peak_teraflops)
@@ -68,11 +70,14 @@ def train(recipe: Recipe) -> Path:
         log_folder if rank == 0 else None, recipe.run.steps, recipe.stage, step=at.step, spent_seconds=at.spent_seconds,
         wandb=recipe.run.wandb, settings=dataclasses.asdict(recipe),
     )  # fmt: skip
+    text = text_windows(recipe.data.heldout_text, run.processor, recipe.data.max_tokens) if recipe.data.heldout_text else []
+    if text and at.step == 0:
+        at.text_perplexity = measure_perplexity(engine, text, run.processor)["perplexity"]
     progress = Progress(recipe.run.steps, recipe.run.minutes, spent=at.spent_seconds,
                         share=lambda seconds: share_from_first_rank(seconds, device))  # fmt: skip
     saving = SavePlan(recipe.run.save_every_steps, recipe.run.save_every_minutes,
                       last_step=at.step if run.start.checkpoint else -1, now=time.monotonic())  # fmt: skip
-    times, final, batches = deque(maxlen=1000), {}, run.batches(recipe)
+    times, final, batches = deque(maxlen=1000), {}, run.batches()
 
     def save() -> None:
         began = time.monotonic()
@@ -102,14 +107,23 @@ def train(recipe: Recipe) -> Path:
             for group, (_, peak_rate, warmup) in zip(run.optimizer.param_groups, run.calendars, strict=True):
                 group["lr"] = peak_rate * learning_rate_share(*place, warmup, recipe.optimizer.final)
             is_due = rank == 0 and saving.is_due(at.step + 1, begun)
+            if run.fp8:
+                run.fp8.begin(at.step + 1)
             try:
                 done = train_step(engine, micro, tokens, run.processor, sources=len(ledger.names), clip=recipe.optimizer.clip, flag=is_due)
             except NotFiniteError as error:
                 raise NotFiniteError(_autopsy(run, recipe, micro, log_folder, error)) from error
+            if run.watch is not None and tokens:
+                check_adapters(run.watch)
+                run.watch = None
             at.step += 1
+            for event in run.fp8.end(at.step, device) if run.fp8 else ():
+                log.tell(at.step, event)
+                at.fp8_put_back = list(run.fp8.put_back)
             at.smooth_loss = done.loss if at.smooth_loss is None else 0.95 * at.smooth_loss + 0.05 * done.loss
             at.waiting_seconds += waited
-            accounts.add(micro, done.source_losses, waited)
+            # Under ZeRO-3 ranks wait for each other's weights within a forward pass: its time says nothing about one of them.
+            accounts.add(micro, done.source_losses, waited, 0.0 if recipe.run.zero_stage == 3 else done.forward_seconds)
             times.append(time.monotonic() - begun)
             # 3. Tell, and look at what is not trained on.
             log.set_total(progress.expected_steps(at.step))
@@ -128,11 +142,14 @@ def train(recipe: Recipe) -> Path:
                 save()
         del batches
         final = look() if run.heldout is not None else {}
+        if text:
+            after = measure_perplexity(engine, text, run.processor)["perplexity"]
+            final |= {"text_perplexity_before": at.text_perplexity, "text_perplexity": after}
         if saving.is_on and saving.last_step != at.step:
             save()
         weights = full_state_dict(engine, recipe.run.zero_stage)
         if rank == 0:
-            save_model(engine.module, run.processor, out, state_dict=weights)
+            save_trained(engine.module, run.processor, out, weights, merge=recipe.lora is None or recipe.lora.merge)
             mark_finished(recipe, run.described, at, ledger.to_dict())
         torch.distributed.barrier()
     finally:
@@ -141,6 +158,8 @@ def train(recipe: Recipe) -> Path:
             "steps": at.step, "seconds": round(at.spent_seconds, 1), "loss": at.smooth_loss, "starts": at.starts,
             "waiting_for_data_percent": round(100 * at.waiting_seconds / max(at.spent_seconds, 1e-9), 1),
             "median_step_seconds": statistics.median(times) if times else None, "ledger": ledger.to_dict(), "parts": run.parts,
+            "dealt": dataclasses.asdict(run.dealt),
+            "fp8": run.fp8.rows() if run.fp8 else None,
             "recipe": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), "command": " ".join(sys.argv),
             "peak": f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_source})", **final,
         })  # fmt: skip

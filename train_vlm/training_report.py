@@ -1,5 +1,6 @@
 """The page at the end of a training run: what it learnt, what it read, what it cost. Written from the run's own files, so that it can be
-made again for a run that was killed:    python -m train_vlm.training_report OUT.log
+made again for a run that was killed:    python -m train_vlm.training_report OUT.log [OTHER.log ...]
+Other runs, such as one with a blend of text and one without, stand beside it in the table of perplexities.
 """
 
 import json
@@ -24,8 +25,8 @@ def _keys(lines: list[dict], prefix: str) -> list[str]:
     return sorted({key for line in lines for key in line if key.startswith(prefix)})
 
 
-def write_training_report(folder: Path) -> Path:
-    """`folder`: OUT.log, with log.jsonl and summary.json. Returns the path of report.html.
+def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
+    """`folder`: OUT.log, with log.jsonl and summary.json; `others`: of runs to compare with. Returns the path of report.html.
 
     Raises FileNotFoundError when the log is missing.
     """
@@ -50,13 +51,46 @@ def write_training_report(folder: Path) -> Path:
         page.heading("Speed").text(f"Real work, without padding. The MFU divides by {summary.get('peak', 'the peak of the device')}.")
         page.curves(_curves(lines, ["mfu_percent", "waiting_percent"]), "step", "%", smooth=9)
         page.curves(_curves(lines, ["tokens_per_second"]), "step", "tokens/s", smooth=9)
+    _ranks(page, lines, summary.get("dealt"))
+    _language(page, [folder, *others])
     if "parts" in summary:
         page.heading("What trained").code(summary["parts"])
+    if summary.get("fp8"):
+        page.heading("FP8").table(["place", "weight", "shape", "state, with the guard's last figure"], summary["fp8"])
     if "ledger" in summary:
         _ledger(page, summary["ledger"])
     if "recipe" in summary:
         page.heading("Recipe").code(summary["recipe"])
     return page.write(folder)
+
+
+def _ranks(page: Report, lines: list[dict], dealt: dict | None) -> None:
+    """How evenly the work of a step was shared: as the indexes promised, as the packs turned out, and by the clock."""
+    work, clock = ([line[key] for line in lines if key in line] for key in ("imbalance_work_percent", "imbalance_seconds_percent"))
+    if not work or not dealt:
+        return
+    page.heading("Ranks").text(
+        "How much more than the mean the slowest rank had to do in a step: the share of the others' time that is waiting. Predicted from "
+        "the indexes before the first step; measured by operations counted in the packs, and by the seconds of forward passes."
+    )
+    rows = [["predicted, samples dealt in order", dealt["in_order_percent"]], ["predicted, dealt by cost", dealt["predicted_percent"]],
+            ["measured, operations", sum(work) / len(work)], ["measured, seconds", sum(clock) / len(clock) if clock else None]]  # fmt: skip
+    page.table(["imbalance", "%"], rows, caption=f"Longest pack expected: {dealt['longest_pack_tokens']:,} tokens.", decimals=2)
+
+
+def _language(page: Report, folders: list[Path]) -> None:
+    """Perplexity of plain text before and after, for each run that measured it, with the share of text in what it read."""
+    rows = []
+    for folder in folders:
+        path = folder / "summary.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found.get("text_perplexity") is not None:
+            tokens = found["ledger"]["sources"]
+            share = 100 * sum(row["tokens"] for row in tokens if not row["tiles"]) / max(1, sum(row["tokens"] for row in tokens))
+            rows.append([folder.name.removesuffix(".log"), share, found["text_perplexity_before"], found["text_perplexity"]])
+    if rows:
+        page.heading("Language").text("Perplexity per token of a plain text, each token predicted once.")
+        page.table(["run", "tokens from sources without pictures, %", "before", "after"], rows, decimals=3)
 
 
 def _ledger(page: Report, ledger: dict) -> None:
@@ -75,11 +109,11 @@ def _ledger(page: Report, ledger: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     folders = sys.argv[1:] if arguments is None else arguments
-    if len(folders) != 1:
-        print("usage: python -m train_vlm.training_report OUT.log", file=sys.stderr)
+    if not folders:
+        print("usage: python -m train_vlm.training_report OUT.log [OTHER.log ...]", file=sys.stderr)
         return 2
     try:
-        print(write_training_report(Path(folders[0])))
+        print(write_training_report(Path(folders[0]), [Path(other) for other in folders[1:]]))
         return 0
     except (OSError, ValueError, KeyError) as error:
         print(f"training_report: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ and without ZeRO the norm is looked at first.
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,40 @@ class NotFiniteError(FloatingPointError):
 @dataclass(frozen=True)
 class StepResult:
     """loss: per supervised token, over all ranks; source_losses (S,) float64: sum over the supervised tokens of each source;
-    gradient_norm: before clipping; flagged: whether rank 0 raised the flag it was given."""
+    gradient_norm: before clipping; flagged: whether rank 0 raised the flag it was given; forward_seconds: of this rank's forward passes,
+    in which it waits for nobody but under ZeRO-3."""
 
     loss: float
     source_losses: Tensor
     gradient_norm: float
     flagged: bool
+    forward_seconds: float = 0.0
+
+
+class _Clock:
+    """Time on the device between `start` and `stop`, over all of them; a GPU is asked only at the end, when it is done anyway."""
+
+    def __init__(self, device: torch.device):
+        self.is_cuda, self.marks = device.type == "cuda", []
+
+    def _mark(self):
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self.marks.append([self._mark()])
+
+    def stop(self) -> None:
+        self.marks[-1].append(self._mark())
+
+    def seconds(self) -> float:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+            return sum(start.elapsed_time(stop) for start, stop in self.marks) / 1000.0
+        return sum(stop - start for start, stop in self.marks)
 
 
 def forward_inputs(batch: dict, processor, device: torch.device, dtype: torch.dtype) -> dict:
@@ -68,9 +97,12 @@ def train_step(
     device, ranks = engine.device, torch.distributed.get_world_size()
     dtype = engine.module.vision_encoder.weight_dtype
     said = torch.zeros(sources + 1, dtype=torch.float64)
-    norm = None
+    norm, clock = None, _Clock(device)
     for number, batch in enumerate(batches, 1):
-        output = engine(**forward_inputs(batch, processor, device, dtype), num_items_in_batch=max(tokens, 1))
+        inputs = forward_inputs(batch, processor, device, dtype)
+        clock.start()
+        output = engine(**inputs, num_items_in_batch=max(tokens, 1))
+        clock.stop()
         # DeepSpeed divides gradients by ranks and by micro-batches; the sum over tokens is already divided by all of them.
         engine.backward(output.loss * (ranks * len(batches)))
         said[:sources] += losses_by_source(output, batch, sources)
@@ -87,4 +119,4 @@ def train_step(
     loss = said[:sources].sum().item() / max(tokens, 1)
     if not math.isfinite(loss) or not math.isfinite(norm) or norm < 0:
         raise NotFiniteError(f"the loss is {loss} and the norm of the gradient {norm}")
-    return StepResult(loss, said[:sources], norm, bool(said[sources] > 0))
+    return StepResult(loss, said[:sources], norm, bool(said[sources] > 0), clock.seconds())

@@ -228,3 +228,10 @@ class Renderer:
             rendered.add(self._encode_format(chat.opening("assistant")))
             rendered.add(self._encode_format(chat.answer_opening(thinking)))
         return rendered
+
+    def render_text(self, text: str) -> Rendered:
+        """Plain text without turns, what a base language model was trained on: behind the format's first token all of it is supervised."""
+        rendered = Rendered()
+        rendered.add(self._encode_format(self.chat_format.bos))
+        rendered.add(self.encode_plain(text), supervised=True)
+        return rendered

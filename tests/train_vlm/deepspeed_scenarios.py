@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from adapter_scenarios import LORA, adapters_and_offloading, stopped_by_the_ledger
 from PIL import Image
 
 import train_vlm.trainer as training_loop
@@ -128,10 +129,10 @@ def read_log(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out.with_name(out.name + ".log") / "log.jsonl").read_text().splitlines()]
 
 
-def run_recipe(out: Path, shards: str, model: str, *, kind="adamw", **run) -> Recipe:
+def run_recipe(out: Path, shards: str, model: str, *, kind="adamw", lora=None, **run) -> Recipe:
     settings = {"steps": 6, "zero_stage": 3, "log_every": 1, "threads_per_rank": 1, "save_every_steps": 2, "save_every_minutes": None}
     return Recipe(
-        stage="sft", model=model, out=str(out), parts=ALL, optimizer=Optimizer(kind=kind), run=Run(**settings | run),
+        stage="sft", model=model, out=str(out), parts=ALL, optimizer=Optimizer(kind=kind), run=Run(**settings | run), lora=lora,
         data=Data(sources=(Source(shards), Source(shards, weight=0.5)), heldout=(Source(shards),), heldout_samples=5, batch_samples=4,
                   workers=0, max_skipped_percent=50),
     )  # fmt: skip
@@ -140,30 +141,60 @@ def run_recipe(out: Path, shards: str, model: str, *, kind="adamw", **run) -> Re
 def cut_and_whole(bench: Bench, folder: Path, shards: str, model: str, **settings) -> dict:
     """A run, and the same one that is stopped in its sixth step and started again: their logs and final weights."""
     whole, cut = (run_recipe(folder / name, shards, model, **settings) for name in ("whole", "cut"))
+    whole, cut = (replace(each, data=replace(each.data, heldout_text=str(Path(shards).with_name("words.txt")))) for each in (whole, cut))
     train(replace(whole, run=replace(whole.run, heldout_every=3)))  # looking at the held-out loss must not move anything
-    real, calls = training_loop.train_step, []
-
-    def stopped(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == 6:
-            raise Killed
-        return real(*arguments, **keywords)
-
-    training_loop.train_step = stopped
-    try:
-        train(cut)
-    except Killed:
-        pass
-    finally:
-        training_loop.train_step = real
-    left = sorted(path.name for path in Path(f"{cut.out}.checkpoints").iterdir()) if bench.rank == 0 else []
-    torch.distributed.barrier()
+    left = cut_in_step(bench, cut, 6)
     train(cut)
     if bench.rank:
         return {}
     logs = [read_log(Path(recipe.out)) for recipe in (whole, cut)]
     files = [(Path(recipe.out) / "model.safetensors").read_bytes() for recipe in (whole, cut)]
     return {"logs": logs, "left": left, "weights_equal": files[0] == files[1], "out": str(cut.out)}
+
+
+def cut_in_step(bench: Bench, recipe: Recipe, step: int) -> list[str]:
+    """Start a run and stop it in a step; rank 0 gets the names of the checkpoints that are left."""
+    real, calls = training_loop.train_step, []
+
+    def stopped(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == step:
+            raise Killed
+        return real(*arguments, **keywords)
+
+    training_loop.train_step = stopped
+    try:
+        train(recipe)
+    except Killed:
+        pass
+    finally:
+        training_loop.train_step = real
+    left = sorted(path.name for path in Path(f"{recipe.out}.checkpoints").iterdir()) if bench.rank == 0 else []
+    torch.distributed.barrier()
+    return left
+
+
+def cut_by_the_clock(bench: Bench, out: Path, shards: str, model: str) -> dict:
+    """A run in minutes whose steps take half a second by a clock of our own, stopped in its fourth step, and gone on with a day later."""
+    recipe, now = run_recipe(out, shards, model, steps=None, minutes=0.1, zero_stage=1), [0.0]
+    real_progress, real_step = training_loop.Progress, training_loop.train_step
+
+    def timed(*arguments, **keywords):
+        done = real_step(*arguments, **keywords)
+        now[0] += 0.5
+        return done
+
+    training_loop.train_step = timed
+    training_loop.Progress = lambda *arguments, **keywords: real_progress(*arguments, clock=lambda: now[0], **keywords)
+    try:
+        cut_in_step(bench, recipe, 4)
+        now[0] += 86400.0
+        train(recipe)
+    finally:
+        training_loop.Progress, training_loop.train_step = real_progress, real_step
+    if bench.rank:
+        return {}
+    return {"log": read_log(out), "summary": json.loads((out.with_name(out.name + ".log") / "summary.json").read_text())}
 
 
 class Poison(torch.autograd.Function):
@@ -220,6 +251,14 @@ def main(shards: str, model_folder: str, out: str, killed: str) -> None:
 
     for name, settings in {"muon_zero0": {"kind": "muon", "zero_stage": 0}, "zero3": {"zero_stage": 3}}.items():
         results[f"resumed_{name}"] = cut_and_whole(bench, Path(out, name), shards, model_folder, **settings)
+
+    results |= adapters_and_offloading(bench, ALL, weights)
+    results["resumed_lora"] = cut_and_whole(bench, Path(out, "lora"), shards, model_folder, lora=LORA, zero_stage=3)
+    stopped = run_recipe(Path(out, "faulty"), shards, model_folder, zero_stage=1, steps=99, save_every_steps=None)
+    results["stopped_by_the_ledger"] = stopped_by_the_ledger(stopped, Path(shards).with_name("faulty"))
+
+    results["resumed_bfloat16"] = cut_and_whole(bench, Path(out, "bfloat16"), shards, model_folder, zero_stage=1, precision="bfloat16")
+    results["timed"] = cut_by_the_clock(bench, Path(out, "timed"), shards, model_folder)
 
     # What one process left when it was killed goes on here, on two ranks.
     on_two = replace(load_recipe(f"{killed}.yaml"), out=f"{out}/on_two")

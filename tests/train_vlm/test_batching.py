@@ -49,6 +49,5 @@ def test_samples_are_dealt_by_cost_without_losing_one(ranks, micro_batches):
     for step in range(3):
         hands = [next(reader) for reader in readers for _ in range(micro_batches)]
         assert sorted(position for hand in hands for position in hand) == list(range(16 * step, 16 * step + 16))
-        assert len({len(hand) for hand in hands}) == 1
         work = [sum(cost[position] for position in hand) for hand in hands]
         assert max(work) - min(work) <= max(cost.values()) / 2

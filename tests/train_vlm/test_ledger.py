@@ -4,9 +4,18 @@ import json
 
 import pytest
 import torch
+from planted_faults import plant
 
-from train_vlm.batching import pack
+from train_vlm.batching import MicroBatchPositions, pack
 from train_vlm.ledger import COUNTS, REASONS, Ledger, count_batches
+from train_vlm.reading import SampleStream
+from train_vlm.recipe import Source
+
+
+@pytest.fixture(scope="module")
+def planted(tiny_processor, tmp_path_factory):
+    """A thousand samples, fifty of each kind of fault."""
+    return plant(tmp_path_factory.mktemp("planted"), tiny_processor, samples=1000, each=50)
 
 
 def sample(name, source=0, tokens=4, tiles=1, reduced=0):
@@ -107,3 +116,28 @@ def test_the_table_says_what_was_used_skipped_and_never_read():
         "skipped from text, broken: text/b: no picture",
         "never read of scenes: 7, image missing when the shards were written",
     ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_a_thousand_samples_exactly_the_planted_faults_are_counted(tiny_processor, planted, ranks):
+    """5 % of every kind, spread over four shards and read in the order of a run by one rank or two: none missed, none twice, none in
+    another's column."""
+    shards, longest = planted
+    stream = SampleStream((Source(str(shards)),), tiny_processor, seed=1, max_tokens=longest)
+    readers = [iter(MicroBatchPositions(40, 1, rank, ranks, cost=lambda place: stream.expected(place)["tokens"])) for rank in range(ranks)]
+    ledger, said = Ledger(["planted"]), []
+    for _ in range(25):
+        batches = [pack([stream[place] for place in next(reader)], 0, 64) for reader in readers]
+        ledger.add(sum(count_batches([batch], 1) for batch in batches))
+        said += [example for batch in batches for example in batch["skipped"]]
+    ledger.add_examples(said)
+    stream.sources[0].close()
+    assert ledger["seen"] == 1000 and ledger.skipped == 200
+    assert {reason: ledger[reason] for reason in REASONS} == dict.fromkeys(REASONS, 50) and ledger["tiles_reduced"] == 50
+    # What was planted under a name is what was found under it. (A sample whose picture cannot be read has only its place for a name.)
+    for _, reason, detail in said:
+        assert detail.startswith(f"{reason} " if reason in ("too long", "nothing supervised") else "shards/")
+    ledger.check(20.0)
+    with pytest.raises(ValueError, match="20.0 % of 1000 samples are unusable, at most 19.9 %") as stopped:
+        ledger.check(19.9)
+    assert all(f"50 of planted {reason}, e.g. " in str(stopped.value) for reason in REASONS)

@@ -18,13 +18,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from planted_faults import plant
 
 from train_vlm.autopsy import main as main_autopsy
 from train_vlm.launching import run_program
+from train_vlm.perplexity import measure_perplexity, text_windows
 from train_vlm.progress import learning_rate_share
 from train_vlm.shards import convert
 from vlm.assemble import assemble
 from vlm.checkpoint import load_model, save_model
+from vlm.lora import load_adapter, merge_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_ENCODER = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 2}
@@ -63,6 +66,9 @@ def inputs(tmp_path_factory):
     content = bytearray(shard.read_bytes())
     content[offset : offset + size] = b"\x00" * size
     shard.write_bytes(content)
+    shards, longest = plant(folder / "faulty", processor, samples=240, each=12)
+    (folder / "faulty" / "longest.txt").write_text(str(longest))
+    (folder / "words.txt").write_text("a red ball and a blue box near the green table\n" * 30)
     return folder
 
 
@@ -157,7 +163,7 @@ def test_the_norm_of_the_gradient_is_the_same_on_every_stage(seen):
     assert results["zero0"]["norms"][0] > 1.0  # above the clip
 
 
-@pytest.mark.parametrize("name", ["resumed_muon_zero0", "resumed_zero3"])
+@pytest.mark.parametrize("name", ["resumed_muon_zero0", "resumed_zero3", "resumed_bfloat16"])
 def test_a_run_stopped_in_a_step_goes_on_to_the_last_bit(seen, name):
     """Two ranks, two sources, two epochs. Momentum left out, a random state, a position off by one: each changes a loss."""
     results, _ = seen
@@ -168,6 +174,104 @@ def test_a_run_stopped_in_a_step_goes_on_to_the_last_bit(seen, name):
         assert [line[key] for line in whole] == [line[key] for line in cut]
     assert "heldout_loss" in whole[2] and whole[2]["heldout_loss"] > 1 and "heldout_loss" not in cut[2]
     assert {"loss/shards", "loss/shards-2"} <= {key for line in whole for key in line}
+
+
+@pytest.mark.parametrize("name", ["offload_zero2", "offload_zero3"])
+def test_offloading_changes_where_things_lie_and_nothing_else(seen, name):
+    """One key of the recipe; text-only ranks in two of three steps."""
+    results, _ = seen
+    assert results[name]["losses"] == pytest.approx(results["plain"], abs=2e-4)
+    assert results[name]["distance"] < 5e-4 and results[name]["names"] and results[name]["moved_share"] > 0.95
+
+
+@pytest.mark.parametrize("name", ["lora_zero1", "lora_zero3"])
+def test_adapters_train_as_in_the_plain_loop(seen, name):
+    """With ranks that have no picture; the decoder's own weights stay as they were, to the bit."""
+    results, _ = seen
+    assert results["lora_frozen"] and results["lora_plain"][0] - results["lora_plain"][-1] > 0.05
+    assert results[name]["losses"] == pytest.approx(results["lora_plain"], abs=2e-4)
+    assert results[name]["distance"] < 5e-4 and results[name]["moved"] == ["language_model", "projector", "vision_encoder"]
+
+
+def test_a_lora_run_leaves_a_plain_model_and_its_adapters(seen, inputs):
+    """Stopped and gone on with to the last bit; base and adapters merged by peft's own arithmetic are the model that was saved."""
+    results, _ = seen
+    result = results["resumed_lora"]
+    whole, cut = result["logs"]
+    assert result["weights_equal"] and [line["loss"] for line in whole] == [line["loss"] for line in cut]
+    out = Path(result["out"])
+    saved, _ = load_model(out)
+    base, _ = load_model(inputs / "model")
+    merged = merge_adapter(load_adapter(base, out.with_name("cut.adapter")))
+    untouched = load_model(inputs / "model")[0].language_model.state_dict()
+    differences = []
+    for name, tensor in saved.language_model.state_dict().items():
+        torch.testing.assert_close(tensor, merged.language_model.state_dict()[name], rtol=1e-5, atol=1e-6)
+        differences.append(not torch.equal(tensor, untouched[name]))
+    assert 0 < sum(differences) < len(differences)  # matrices moved, norms and the scan's own parameters did not
+    assert not torch.equal(saved.projector.linear_1.weight, load_model(inputs / "model")[0].projector.linear_1.weight)
+    parts = json.loads((out.with_name("cut.log") / "summary.json").read_text())["parts"]
+    assert "LoRA of rank 4 reaches" in parts and "100.0%" in parts
+
+
+def test_too_many_faults_stop_the_run_with_their_reasons(seen):
+    """A twentieth of every kind planted, a twentieth of all accepted: stopped after 200 samples, each kind with an example."""
+    results, out = seen
+    words = results["stopped_by_the_ledger"]
+    assert "of 200 samples are unusable, at most 5.0 % are accepted" in words
+    for reason in ("broken", "image missing", "too long", "nothing supervised"):
+        assert f"of shards {reason}, e.g. " in words
+    assert not (out / "faulty").exists()
+
+
+def test_ranks_are_told_how_even_their_work_is(seen):
+    """Predicted before the first step, counted and timed in every step; under ZeRO-3, where ranks wait inside a pass, not timed."""
+    results, _ = seen
+    line = results["resumed_muon_zero0"]["logs"][0][2]
+    assert 0 <= line["imbalance_work_percent"] <= 100 and 0 < line["imbalance_seconds_percent"] <= 100
+    assert "imbalance_seconds_percent" not in results["resumed_zero3"]["logs"][0][2]
+    folder = Path(results["resumed_muon_zero0"]["out"]).with_name("cut.log")
+    dealt = json.loads((folder / "summary.json").read_text())["dealt"]
+    assert dealt["predicted_percent"] <= dealt["in_order_percent"] and dealt["longest_pack_tokens"] > 0
+    assert "predicted, dealt by cost" in (folder / "report.md").read_text()
+
+
+def test_a_run_in_minutes_has_its_clock_back_after_a_stop(seen):
+    """Six seconds in steps of half a second, stopped in step 4 and gone on with from step 2: the day between counts for nothing, and every
+    rate is that of the run's own time."""
+    results, _ = seen
+    log, summary = results["timed"]["log"], results["timed"]["summary"]
+    assert (summary["starts"], summary["steps"], summary["seconds"]) == (2, 12, 6.0)
+    assert [line["step"] for line in log] == [*range(1, 13)]
+    expected = [1e-3 * learning_rate_share(0.5 * step, 6.0, 0.03, 0.1) for step in range(12)]
+    assert [line["lr/projector"] for line in log] == pytest.approx(expected)
+
+
+def test_the_decay_of_the_state_stays_in_float32_while_all_else_trains_in_bfloat16(seen, inputs):
+    """DeepSpeed casts whatever it is given: a D of 1.003 would be 1.0 again after every step. Here they move, by less than one bfloat16."""
+    results, _ = seen
+    after, before = (dict(load_model(folder)[0].named_parameters()) for folder in (results["resumed_bfloat16"]["out"], inputs / "model"))
+    for name in ("A_log", "D", "dt_bias"):
+        full = f"language_model.model.layers.0.mixer.{name}"
+        assert after[full].dtype == torch.float32
+        moved = (after[full] - before[full]).abs().max().item()
+        assert 0 < moved and not torch.equal(after[full], after[full].bfloat16().float())
+    assert after["language_model.model.layers.0.mixer.in_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["resumed_muon_zero0", "resumed_zero3"])
+def test_perplexity_before_and_after_is_that_of_the_two_models(seen, inputs, name):
+    """Sharded over two ranks or not, and kept through a stop: measured again on the folders the run started from and left."""
+    results, _ = seen
+    out = Path(results[name]["out"])
+    summaries = [json.loads((out.with_name(f"{which}.log") / "summary.json").read_text()) for which in ("whole", "cut")]
+    assert summaries[0]["text_perplexity"] == pytest.approx(summaries[1]["text_perplexity"], rel=1e-6)
+    for key, folder in (("text_perplexity_before", inputs / "model"), ("text_perplexity", out)):
+        model, processor = load_model(folder)
+        found = measure_perplexity(model, text_windows(inputs / "words.txt", processor), processor)
+        assert found["tokens"] > 300 and summaries[1][key] == pytest.approx(found["perplexity"], rel=1e-4)
+    assert summaries[1]["text_perplexity"] != summaries[1]["text_perplexity_before"]
+    assert "before" in (out.with_name("cut.log") / "report.md").read_text()
 
 
 def test_a_run_leaves_a_whole_model_and_the_account_of_all_ranks(seen, inputs):
@@ -290,6 +394,18 @@ def test_a_wrong_recipe_ends_before_anything_is_loaded(recipe, capsys, stage, ar
     assert message in capsys.readouterr().err
 
 
+def test_a_port_in_use_ends_the_program_with_one_line(recipe, monkeypatch):
+    """Two runs on one machine meet at the same port; DeepSpeed's own page of a traceback says so in its last line."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: os.environ["MASTER_PORT"])
+        process = launch("train_vlm/sft.py", "--recipe", recipe())
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "sft: the ranks cannot meet: " in process.stderr and "--master_port N gives another" in process.stderr
+
+
 def test_a_missing_recipe_is_named(capsys):
     assert run_program("sft", "", ["--recipe", "nowhere.yaml"]) == 2
     assert "no recipe at nowhere.yaml" in capsys.readouterr().err
@@ -298,8 +414,10 @@ def test_a_missing_recipe_is_named(capsys):
 def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(recipe, tmp_path, capsys):
     """Overrides may stand on both sides of the flag."""
     assert run_program("sft", "", ["run.steps=7", "--recipe", recipe(), "--dry-run", "optimizer.clip=2"]) == 0
-    resolved = yaml.safe_load(capsys.readouterr().out)
+    printed, _, plan = capsys.readouterr().out.partition("\n\n")
+    resolved = yaml.safe_load(printed)
     assert resolved["run"]["steps"] == 7 and resolved["optimizer"]["clip"] == 2.0
+    assert "8 samples" in plan and "ZeRO 3, all offloaded" in plan
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 

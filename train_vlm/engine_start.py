@@ -1,0 +1,32 @@
+"""Start DeepSpeed's engine around a model: what has to be said to it beyond its dictionary of settings.
+
+It is told to leave A_log, D and dt_bias in float32 (kept_precision.py), to print nothing, and, on a single rank without ZeRO, to keep its
+hands off the gradients: it would copy all of them into one buffer to send them to nobody.
+"""
+
+import contextlib
+import io
+
+from torch import nn
+
+from train_vlm.kept_precision import kept_in_float32
+from train_vlm.recipe import Recipe
+
+__all__ = ["keeps_float32", "start_engine"]
+
+
+def keeps_float32(recipe: Recipe) -> bool:
+    """Whether A_log, D and dt_bias stay wider than the rest. ZeRO-3 lays everything that trains into one buffer of one dtype."""
+    return recipe.run.precision == "bfloat16" and recipe.run.zero_stage < 3
+
+
+def start_engine(model: nn.Module, optimizer, recipe: Recipe, settings: dict, ranks: int):
+    """(engine, DeepSpeed's optimizer); `settings`: of `recipe.deepspeed_config`. Every rank calls it."""
+    import deepspeed
+
+    keeping = kept_in_float32(model) if keeps_float32(recipe) else contextlib.nullcontext()
+    with contextlib.redirect_stdout(io.StringIO()), keeping:  # DeepSpeed prints a page about memory for bfloat16
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if ranks == 1 and recipe.run.zero_stage == 0:
+        engine.enable_backward_allreduce = False
+    return engine, optimizer

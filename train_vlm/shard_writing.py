@@ -1,0 +1,127 @@
+"""Write samples as webdataset tar shards, each with an index beside it. What unusable samples were left out is counted by reason.
+
+webdataset writes the tar; the index is made from it afterwards, so that its places are those of the finished file. Shards of an earlier
+conversion are removed first: two of them left over would be trained on in silence.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from train_vlm.conversations import from_llava
+from train_vlm.messages_files import from_messages
+from vlm.files import write_whole
+from vlm.processing import VLMProcessor
+from vlm.tiling import open_image
+
+__all__ = ["convert", "measure_sample"]
+
+
+def measure_sample(messages: list[dict], sizes: list[tuple[int, int]], processor: VLMProcessor) -> tuple[list[int], int, int]:
+    """Tiles of each image, tokens, and supervised tokens of a sample whose images have these (width, height), with no tile taken away."""
+    tiles = [processor.image_processor.count_tiles(*size) for size in sizes]
+    rendered = processor.renderer.render(messages, tiles)
+    return tiles, len(rendered.input_ids), sum(label >= 0 for label in rendered.labels)
+
+
+def _index_of(shard: Path, facts: dict[str, dict]) -> str:
+    """JSON lines: one a sample, with the places of its members."""
+    places: dict[str, dict[str, list[int]]] = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            places.setdefault(key, {})[extension] = [member.offset_data, member.size]
+    return "".join(json.dumps({"key": key, "members": places[key], **facts[key]}) + "\n" for key in places)
+
+
+def _read(sample: dict, images: Path) -> tuple[dict, list[io.BytesIO]]:
+    """What stands in a sample's JSON beside its id, and its pictures' bytes, each under the name of its file."""
+    if isinstance(sample, dict) and "text" in sample and "conversations" not in sample:
+        return {"text": sample["text"]}, []
+    is_messages = isinstance(sample, dict) and "messages" in sample
+    messages, sources = from_messages(sample) if is_messages else from_llava(sample)
+    pictures = []
+    for source in sources:
+        if isinstance(source, str) and not (images / source).is_file():
+            raise FileNotFoundError(f"image missing: {source}")
+        picture = io.BytesIO(source if isinstance(source, bytes) else (images / source).read_bytes())
+        picture.name = source if isinstance(source, str) else "embedded.img"
+        pictures.append(picture)
+    return {"messages": messages}, pictures
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "image missing"
+    words = str(error)
+    return "image broken" if "readable image" in words else "nothing supervised" if words.startswith("nothing supervised") else "malformed"
+
+
+def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Path, *, samples_per_shard: int = 2000) -> dict:
+    """Samples -> shards and indexes in `out`: LLaVA's ("conversations"), messages (messages_files.py), or plain text ("text"). Unusable
+    ones are left out and counted by reason.
+
+    Returns {"samples", "shards", "skipped": {reason: count}, "examples": {reason: first sample}, "tokens", "tiles", "seconds"}. Raises
+    ValueError when no sample is usable.
+    """
+    import webdataset
+
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("shard-*"):
+        old.unlink()
+    skipped, examples = Counter(), {}
+    totals = Counter()
+    writer, facts, shard = None, {}, None
+
+    def close() -> None:
+        writer.close()
+        os.replace(temporary, shard)
+        write_whole(shard.with_suffix(".index.jsonl"), _index_of(shard, facts))
+
+    temporary = out / ".shard.tar.partial"
+    for number, sample in enumerate(tqdm(samples, desc="shards", unit="sample", leave=False, disable=None)):
+        try:
+            content, pictures = _read(sample, images)
+            sizes = [open_image(named).size for named in pictures]
+            if "text" in content:
+                tiles, tokens = [], len(processor.renderer.render_text(content["text"]).input_ids)
+                supervised = tokens - 1
+            else:
+                tiles, tokens, supervised = measure_sample(content["messages"], sizes, processor)
+            if not supervised:
+                raise ValueError("nothing supervised: no assistant turn")
+        except (ValueError, FileNotFoundError) as error:
+            skipped[reason := _reason(error)] += 1
+            examples.setdefault(reason, f"sample {sample.get('id', number) if isinstance(sample, dict) else number}: {error}")
+            continue
+        if writer is None:
+            shard, facts = out / f"shard-{totals['shards']:06d}.tar", {}
+            writer = webdataset.TarWriter(str(temporary), mtime=0)
+        key = f"{number:09d}"
+        members = {"__key__": key, "json": json.dumps({"id": str(sample.get("id", number))} | content).encode()}
+        for place, picture in enumerate(pictures):
+            members[f"{place}{Path(picture.name).suffix.lower() or '.img'}"] = picture.getvalue()
+        writer.write(members)
+        digest = hashlib.sha256(members["json"] + b"".join(picture.getvalue() for picture in pictures)).hexdigest()
+        facts[key] = {"tiles": tiles, "tokens": tokens, "supervised_tokens": supervised, "sha256": digest}
+        totals.update(samples=1, tokens=tokens, tiles=sum(tiles))
+        if len(facts) == samples_per_shard:
+            close()
+            writer = None
+            totals["shards"] += 1
+    if writer is not None:
+        close()
+        totals["shards"] += 1
+    if not totals["samples"]:
+        raise ValueError(f"none of {len(samples)} samples is usable: {'; '.join(examples.values())}")
+    summary = {**totals, "skipped": dict(skipped), "examples": examples, "seconds": round(time.monotonic() - started, 1)}
+    write_whole(out / "summary.json", json.dumps(summary, indent=1))
+    return summary
