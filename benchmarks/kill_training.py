@@ -144,7 +144,7 @@ def kill_once(work: Path, number: int, most_new_steps: float, start_up_seconds: 
         time.sleep(delay if moment == "training" else delay / 20)
     if process.poll() is not None:
         raise SystemExit(f"kill_training: the run ended by itself, with {process.returncode}; take more steps or fewer kills")
-    caught_saving = is_saving(work, "killed")
+    caught_saving = moment != "start-up" and is_saving(work, "killed")  # what an earlier kill left is cleared away in the start-up
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(LONGEST_SECONDS)
     folders = sorted(path.name for path in (work / "killed.checkpoints").glob("step-*")) if (work / "killed.checkpoints").is_dir() else []
