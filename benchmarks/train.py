@@ -119,12 +119,12 @@ def _word(holds: bool) -> str:
 
 def page(result: dict) -> str:
     out = ["# Training beside a plain loop", "", f"    {result['command']}", "",
-           f"{result['machine']}, {result['threads']} threads, torch {result['torch']}, transformers {result['transformers']}; "
+           f"{result['machine']}, {result['threads']} thread(s), torch {result['torch']}, transformers {result['transformers']}; "
            f"{result['bfloat16']}. {result['seconds']:.0f} s in all.", ""]  # fmt: skip
     for name, part in result["models"].items():
         ways = part["ways"]
         first = next(iter(ways.values()))
-        out += [f"## {name}", "", f"{part['steps']} steps of {part['samples']} samples: {first['tokens']:,} tokens "
+        out += [f"## {name}", "", f"{part['steps']} step(s) of {part['samples']} samples: {first['tokens']:,} tokens "
                 f"({first['padded_tokens']:,} with padding), {first['supervised_tokens']:,} supervised, {first['tiles']} tiles.", "",
                 "| way | tokens/s | beside plain | beside the row above | peak memory, GB | plain over this |",
                 "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
@@ -147,9 +147,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "train")
     options = parser.parse_args()
     began = time.monotonic()
+    given = [f"--models {' '.join(options.models)}"] if len(options.models) < len(STEPS) else []
+    given += [f"--steps {options.steps}"] if options.steps else []
     ways = [way for way in options.ways if "bfloat16" not in way or has_bfloat16_units()]
     result = {
-        "command": "python benchmarks/train.py" + (f" --models {' '.join(options.models)}" if len(options.models) < len(STEPS) else ""),
+        "command": " ".join(["python benchmarks/train.py", *given]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "bfloat16": "bfloat16 units" if has_bfloat16_units() else "no bfloat16 units, so bfloat16 is left out",
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,

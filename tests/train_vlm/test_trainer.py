@@ -317,13 +317,16 @@ def test_another_number_of_ranks_reads_the_same_samples(seen, killed):
 
 
 def test_a_bad_loss_stops_the_run_with_its_cause(seen):
-    """One infinite weight in the second Mamba layer, ZeRO-3: the layer is named, and the samples, on both ranks."""
+    """One infinite weight in the second Mamba layer, ZeRO-3: the layer is named on both ranks, and every sample that was read (of the
+    step's four, two are the broken one, which both sources have)."""
     results, out = seen
     found = results["bad_loss"]
     assert "the loss is nan" in found["message"] and "at step 1" in found["message"]
     assert "language_model.model.layers.3.mixer.in_proj" in found["message"] and "-m train_vlm.autopsy" in found["message"]
     ranks = found["autopsy"]["ranks"]
-    assert len(ranks) == 2 and all(entries[0]["samples"][0]["tiles"] > 0 for entries in ranks)
+    samples = [sample for entries in ranks for entry in entries for sample in entry["samples"]]
+    assert len(ranks) == 2 and len(samples) == 2 and all(sample["tiles"] > 0 and sample["loss"] == "nan" for sample in samples)
+    assert {entry["first_forward"]["module"] for entries in ranks for entry in entries} == {"language_model.model.layers.3.mixer.in_proj"}
     assert all(len(ranges["dt"]) == 2 and ranges["A"][1] < 0 for ranges in ranks[0][0]["scan"].values())
     assert not (out / "bad_loss").exists()
 
