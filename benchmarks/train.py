@@ -126,7 +126,7 @@ def page(result: dict) -> str:
         first = next(iter(ways.values()))
         out += [f"## {name}", "", f"{part['steps']} step(s) of {part['samples']} samples: {first['tokens']:,} tokens "
                 f"({first['padded_tokens']:,} with padding), {first['supervised_tokens']:,} supervised, {first['tiles']} tiles.", "",
-                "| way | tokens/s | beside plain | beside the row above | peak memory, GB | plain over this |",
+                "| way | tokens a processor second | beside plain | beside the row above | peak memory, GB | plain over this |",
                 "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
         above = first
         for way, row in ways.items():
