@@ -20,7 +20,7 @@ quickstart: $(STAMP)
 	$(BIN)/python -m train_vlm.quickstart --minutes $(MINUTES)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 
 demo: $(STAMP)
 	$(BIN)/python demo/app.py --model $(MODEL) $(if $(wildcard $(EXAMPLES)),--examples $(EXAMPLES))

@@ -37,6 +37,8 @@ BARS = {
     ("hybrid", 5): (5, 2),
     ("hybrid", 1): (1.5, 1.1),
 }
+# Of VQA's answers 89 % are one word, 7 % two, 3 % three (Antol et al. 2015, arXiv 1505.00468): three tokens and the end of the turn.
+NEW_TOKENS = 4
 PARTS = ("vision_encoder", "projector", "language_model")
 ONE_BY_ONE = {"tiny": 10, "hybrid": 2}  # questions timed for the slow way; each costs it the same
 BATCHED = {"tiny": 30, "hybrid": 10}  # and for the batched one: one batch
@@ -132,7 +134,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each worker (default %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens of every answer (default %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="tokens of every answer (default %(default)s)")
     parser.add_argument("--each", type=int, choices=(30, 5, 1), help="only this many questions a picture")
     parser.add_argument("--no-context", action="store_true", help="leave out the growth with the context")
     parser.add_argument("--only-context", action="store_true", help="nothing but the growth with the context")

@@ -1,7 +1,8 @@
 """Read LLaVA JSON into messages. In that format `<image>` in a human turn marks the place of the next image of the sample."""
 
-import json
 from pathlib import Path
+
+from train_vlm.json_files import read_json
 
 __all__ = ["from_llava", "read_llava", "split_marks"]
 
@@ -53,15 +54,7 @@ def from_llava(sample: dict) -> tuple[list[dict], list[str]]:
 
 def read_llava(path: str | Path) -> list[dict]:
     """The samples of a LLaVA JSON file. Raises FileNotFoundError, or ValueError for malformed JSON, another layout or an empty list."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}; expected LLaVA JSON")
-    try:
-        samples = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(samples, list):
-        raise ValueError(f"{path} holds {type(samples).__name__}; expected a list of samples (LLaVA JSON)")
+    samples = read_json(path, list, "a list of samples (LLaVA JSON)")
     if not samples:
         raise ValueError(f"{path} holds no samples; expected at least one")
     return samples

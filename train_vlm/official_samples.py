@@ -5,28 +5,15 @@ evaluators put it (its line of instruction under it, VizWiz' with the offer of "
 the one most people gave.
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 
+from train_vlm.json_files import read_json
 from train_vlm.scenes.llava_files import SHORT_ANSWER, VIZWIZ_SHORT_ANSWER
 
 __all__ = ["caption_samples", "gqa_samples", "vizwiz_samples", "vqav2_samples"]
 
 CAPTION_PROMPT = "Describe the image in one sentence."
-
-
-def _read_json(path: str | Path, kind: type, expected: str):
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}; expected {expected}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} holds {type(content).__name__}; expected {expected}")
-    return content
 
 
 def _rows(path: str | Path, content: dict, key: str, expected: str) -> list[dict]:
@@ -69,7 +56,7 @@ def vqav2_samples(questions: str | Path, annotations: str | Path, images: Path, 
     Raises FileNotFoundError, or ValueError for another layout or annotations that do not belong to the questions.
     """
     expected = "the official VQAv2 file"
-    asked_file, answered_file = _read_json(questions, dict, expected), _read_json(annotations, dict, expected)
+    asked_file, answered_file = read_json(questions, dict, expected), read_json(annotations, dict, expected)
     split = str(_field(asked_file, "data_subtype", questions))
     answers = {}
     for row in _rows(annotations, answered_file, "annotations", expected):
@@ -103,7 +90,7 @@ def gqa_samples(path: str | Path, images: Path, *, per_sample: int = 8) -> list[
     folder = "images/" if (images / "images").is_dir() else ""
     asked: dict[str, list[tuple[str, str]]] = {}
     for piece in pieces:
-        for row in _read_json(piece, dict, "GQA's questions by id").values():
+        for row in read_json(piece, dict, "GQA's questions by id").values():
             if not isinstance(row, dict):
                 raise ValueError(f"{piece} holds {str(row)[:40]!r}; expected GQA's questions by id")
             pairs = asked.setdefault(f"{folder}{_field(row, 'imageId', piece)}.jpg", [])
@@ -116,7 +103,7 @@ def gqa_samples(path: str | Path, images: Path, *, per_sample: int = 8) -> list[
 def vizwiz_samples(path: str | Path) -> list[dict]:
     """train.json or val.json; images by their names in it. Questions nobody could answer are learnt as "unanswerable"."""
     asked: dict[str, list[tuple[str, str]]] = {}
-    for row in _read_json(path, list, "VizWiz' list of questions"):
+    for row in read_json(path, list, "VizWiz' list of questions"):
         if not isinstance(row, dict):
             raise ValueError(f"{path} holds {str(row)[:40]!r}; expected VizWiz' list of questions")
         answer = "unanswerable" if row.get("answerable") == 0 else _majority(row.get("answers", []), path)
@@ -128,7 +115,7 @@ def vizwiz_samples(path: str | Path) -> list[dict]:
 
 def caption_samples(path: str | Path) -> list[dict]:
     """COCO captions ({"images", "annotations"}), or a list of {"image", "caption"}; a sample for each caption."""
-    content = _read_json(path, dict | list, "COCO captions, or a list of {'image', 'caption'}")
+    content = read_json(path, dict | list, "COCO captions, or a list of {'image', 'caption'}")
     if isinstance(content, dict):
         names = {_field(row, "id", path): str(_field(row, "file_name", path)) for row in _rows(path, content, "images", "COCO captions")}
         pairs = []

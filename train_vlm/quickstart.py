@@ -100,7 +100,7 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
     for stage, program, sources in (
         ("captions", "sft.py", ["captions", "captions", "questions"]),
         ("align", "align.py", ["captions"]),
-        ("sft", "sft.py", ["questions", "captions"]),
+        ("sft", "sft.py", ["questions", "questions", "captions"]),
     ):
         overrides = {
             "model": str(models[before]),
@@ -175,6 +175,7 @@ def _environment(side_by_side: int) -> dict:
     environment = dict(os.environ)
     environment.setdefault("DS_ACCELERATOR", "cuda" if shutil.which("nvidia-smi") else "cpu")
     environment.setdefault("HF_HUB_OFFLINE", "1")
+    environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large buffers in large pages
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

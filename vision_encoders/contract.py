@@ -4,6 +4,7 @@ Letters: N tiles, P patches per tile, C vision width.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 
@@ -16,7 +17,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(nn.Module, ABC):
     """A tower, the few figures others ask for, and `forward`; a family fills in `features`."""
 
     def __init__(
@@ -43,9 +44,9 @@ class VisionEncoder(nn.Module):
         self.tower = tower
         _settle(self)
 
+    @abstractmethod
     def features(self, pixel_values: Tensor) -> Tensor:
         """N 3 H W -> N P C, patches only, row by row."""
-        raise NotImplementedError
 
     def inference_features(self, pixel_values: Tensor) -> Tensor:
         """The same in inference mode, where a family may have a faster way that has no gradient."""

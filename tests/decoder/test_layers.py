@@ -4,38 +4,19 @@ import copy
 
 import pytest
 import torch
+from nvidia_layout import MIXTURE
+from small_decoders import small_decoder
 from transformers.models.nemotron_h import NemotronHForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttention, NemotronHMamba2Mixer
 
 import vlm.decoder.mixer as mixer_module
 from vlm.decoder.layers import run_layers, take_over_mixers
 from vlm.decoder.layout import Layout
-from vlm.decoder.presets import preset_config
 from vlm.decoder.state import DecoderState
-
-WIDTHS = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "vocab_size": 60,
-    "head_dim": 12,
-    "mamba_num_heads": 6,
-    "mamba_head_dim": 8,
-    "n_groups": 2,
-}
-MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 56}
 
 
 def make_decoder(pattern: str = "M-M*-M", **overrides) -> NemotronHForCausalLM:
-    torch.manual_seed(0)
-    config = preset_config("tiny", pattern=pattern, time_step_min=1e-9, **(WIDTHS | overrides))
-    decoder = NemotronHForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(3)
-            elif name.endswith("dt_bias"):
-                parameter.uniform_(-2, 1)
-    return decoder
+    return small_decoder(pattern, time_step_min=1e-9, **overrides)
 
 
 @pytest.fixture(scope="module")

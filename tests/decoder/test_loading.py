@@ -5,17 +5,16 @@ Checkpoints are written by hand in NVIDIA's layout (`backbone.`, one entry per e
 
 import json
 import math
-import re
 
 import pytest
 import torch
+from nvidia_layout import MIXTURE, nvidia_config, nvidia_weights
 from safetensors.torch import save_file
 from transformers import NemotronHForCausalLM
 
 from vlm.decoder.loading import load_language_model, read_config
 from vlm.decoder.presets import preset_config
 
-MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 56}
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 50, "head_dim": 24, "mamba_num_heads": 4}
 SCAN_PARAMETERS = ("A_log", "D", "dt_bias")
 
@@ -37,33 +36,6 @@ def model():
         if name.endswith("e_score_correction_bias"):
             buffer.data = buffer.data.float()
     return decoder
-
-
-def nvidia_weights(decoder) -> dict[str, torch.Tensor]:
-    weights = {}
-    for name, tensor in decoder.state_dict().items():
-        name = re.sub("^model\\.", "backbone.", name)
-        if match := re.fullmatch(r"(.*experts)\.(up_proj|down_proj)", name):
-            for index, expert in enumerate(tensor):
-                weights[f"{match.group(1)}.{index}.{match.group(2)}.weight"] = expert.clone()
-        else:
-            weights[name] = tensor.clone()
-    return weights
-
-
-def nvidia_config(decoder) -> dict:
-    config = decoder.config.to_dict()
-    for absent in ("layers_block_type", "head_dim", "mtp_layers_block_type", "transformers_version"):
-        config.pop(absent, None)
-    return config | {
-        "hybrid_override_pattern": decoder.config.hybrid_override_pattern,
-        "attention_head_dim": decoder.config.head_dim,
-        "num_hidden_layers": len(decoder.config.layers_block_type),
-        "time_step_limit": [0.0, math.inf],
-        "torch_dtype": "bfloat16",
-        "architectures": ["NemotronHForCausalLM"],
-        "auto_map": {"AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM"},
-    }
 
 
 def write_checkpoint(folder, weights, config, *, shards=1, suffix="safetensors"):

@@ -4,35 +4,17 @@ import random
 
 import pytest
 import torch
-from transformers.models.nemotron_h import NemotronHForCausalLM
+from nvidia_layout import MIXTURE
+from small_decoders import small_decoder
 
 from vlm.decoder.layers import run_layers, take_over_mixers
 from vlm.decoder.layout import Layout
 from vlm.decoder.packing import Packing
-from vlm.decoder.presets import preset_config
 from vlm.decoder.serving import ServingDecoder
-
-WIDTHS = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "vocab_size": 60,
-    "head_dim": 12,
-    "mamba_num_heads": 6,
-    "mamba_head_dim": 8,
-    "n_groups": 2,
-}
-MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 56}
 
 
 def make_decoder(pattern: str, dtype=torch.float64, **overrides) -> ServingDecoder:
-    torch.manual_seed(0)
-    model = NemotronHForCausalLM(preset_config("tiny", pattern=pattern, **(WIDTHS | overrides))).eval().to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(3)
-            elif name.endswith("dt_bias"):
-                parameter.uniform_(-2, 1)
+    model = small_decoder(pattern, **overrides).to(dtype)
     take_over_mixers(model)
     return ServingDecoder(model)
 

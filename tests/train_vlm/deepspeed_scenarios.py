@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from adapter_scenarios import LORA, adapters_and_offloading, stopped_by_the_ledger
 from PIL import Image
+from poison import Poison
 
 import train_vlm.trainer as training_loop
 from projector import Projector
@@ -197,18 +198,6 @@ def cut_by_the_clock(bench: Bench, out: Path, shards: str, model: str) -> dict:
     return {"log": read_log(out), "summary": json.loads((out.with_name(out.name + ".log") / "summary.json").read_text())}
 
 
-class Poison(torch.autograd.Function):
-    """Passes values on, and a gradient that is not finite back."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * float("inf")
-
-
 def bad_step(bench: Bench, recipe: Recipe, *, gradient: bool) -> dict:
     """A run that must stop: its message, and what the autopsy says. With `gradient`, from the third step on only gradients are bad."""
     real = Projector.forward
@@ -216,7 +205,7 @@ def bad_step(bench: Bench, recipe: Recipe, *, gradient: bool) -> dict:
 
     def poisoned(self, features):
         calls.append(1)
-        return Poison.apply(real(self, features)) if len(calls) > 2 else real(self, features)
+        return Poison.apply(real(self, features), float("inf")) if len(calls) > 2 else real(self, features)
 
     if gradient:
         Projector.forward = poisoned

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from poison import Poison
 
 from projector import Projector
 from train_vlm.autopsy import examine_batches, main, write_autopsy
@@ -65,20 +66,10 @@ def test_a_healthy_batch_has_its_losses_and_the_ranges_of_the_scan(model, batch,
         assert ranges["A"] == pytest.approx([rates.min().item(), rates.max().item()]) and 0 < ranges["dt"][0] <= ranges["dt"][1]
 
 
-class Poison(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * float("nan")
-
-
 def test_a_bad_gradient_is_found_where_it_arose(model, batch, tiny_processor, monkeypatch):
     """Forwards all is well; the projector's output gets a gradient that is not a number."""
     real = Projector.forward
-    monkeypatch.setattr(Projector, "forward", lambda self, features: Poison.apply(real(self, features)))
+    monkeypatch.setattr(Projector, "forward", lambda self, features: Poison.apply(real(self, features), float("nan")))
     (entry,) = examine_batches(model, model, [batch], tiny_processor, gradients="activations")
     assert entry["first_forward"] is None and entry["first_gradient"]["module"].startswith("projector")
     assert all(p.grad is None for p in model.parameters())  # weights gathered none

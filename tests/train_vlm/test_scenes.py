@@ -9,10 +9,12 @@ import pytest
 
 from train_vlm.scenes import KINDS, caption, draw, make_scene, questions
 from train_vlm.scenes.balance import GQA_SHARES, SHARES, TRAIN_SHARES, VIZWIZ_SHARES, Balance
+from train_vlm.scenes.candidates import candidates
 from train_vlm.scenes.captions import PLACES, caption_by_color, place_of
 from train_vlm.scenes.drawing import INK_RGB, RGB
 from train_vlm.scenes.forms import UNANSWERABLE, WORDINGS
 from train_vlm.scenes.scene import COLORS, NUMBERS, SHAPES, SIZES, WORDS
+from train_vlm.scenes.scene_view import SceneView
 from vlm.tiling import choose_grid
 
 SEEDS = range(1000, 1600)
@@ -204,6 +206,23 @@ def test_every_kind_has_between_five_and_fifteen_percent(asked):
     assert set(kinds) == set(shares) <= set(KINDS)
     for kind, count in kinds.items():
         assert 0.05 <= count / len(pairs) <= 0.15, kind
+
+
+def test_easy_questions_hang_on_one_thing_and_only_training_has_them(scenes):
+    """Of two shapes named with "and" both or neither are there, with "more" or "but no" one is; both answers come up."""
+    assert "easy" in TRAIN_SHARES and not {"easy"} & (SHARES.keys() | GQA_SHARES.keys() | VIZWIZ_SHARES.keys())
+    answers = defaultdict(set)
+    for scene in scenes[:200]:
+        for asked in candidates(SceneView(scene), "easy"):
+            found = [bool(described(scene, str(ref))) for ref in (asked.a, asked.b) if ref]
+            if asked.form == "and":
+                assert found[0] == found[1] == (asked.answer == "yes")
+            elif asked.form in ("more", "but_no"):
+                assert found == ([True, False] if asked.answer == "yes" else [False, True])
+            else:
+                assert asked.form == "exist" and found == [asked.answer == "yes"]
+            answers[asked.form, asked.pattern].add(asked.answer)
+    assert len(answers) == 6 and all(seen == {"yes", "no"} for seen in answers.values())
 
 
 def test_answers_are_level_within_a_kind_of_wording(asked):

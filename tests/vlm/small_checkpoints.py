@@ -2,18 +2,16 @@
 tokenizer that knows nothing of images."""
 
 import json
-import math
-import re
 from pathlib import Path
 
 import torch
+from nvidia_layout import MIXTURE, nvidia_config, nvidia_weights
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import NemotronHForCausalLM, PreTrainedTokenizerFast
 
 from vlm.decoder.presets import preset_config
 
-MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 56}
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 24, "mamba_num_heads": 4}
 WIDE = ("A_log", "D", "dt_bias", "e_score_correction_bias")
 NVIDIA_MARKS = ["<unk>", "<s>", "</s>", "<SPECIAL_14>", "<SPECIAL_15>", "<SPECIAL_233>"]
@@ -50,40 +48,16 @@ def small_decoder(tokenizer, pattern="ME*-M", seed=0) -> NemotronHForCausalLM:
     return decoder
 
 
-def file_weights(decoder) -> dict[str, torch.Tensor]:
-    """The names in files, written out by hand: `backbone.`, one entry per expert."""
-    weights = {}
-    for name, tensor in decoder.state_dict().items():
-        name = re.sub("^model\\.", "backbone.", name)
-        if match := re.fullmatch(r"(.*experts)\.(up_proj|down_proj)", name):
-            for index, expert in enumerate(tensor):
-                weights[f"{match.group(1)}.{index}.{match.group(2)}.weight"] = expert.clone()
-        else:
-            weights[name] = tensor.clone()
-    return weights
-
-
 def write_nvidia(folder: Path, decoder, tokenizer, *, shards=3, **changes) -> Path:
     """Config, shards and extra files as on NVIDIA's pages."""
-    config = decoder.config.to_dict()
-    for absent in ("layers_block_type", "head_dim", "mtp_layers_block_type", "transformers_version", "dtype"):
-        config.pop(absent, None)
-    config |= {
-        "hybrid_override_pattern": decoder.config.hybrid_override_pattern,
-        "attention_head_dim": decoder.config.head_dim,
-        "num_hidden_layers": len(decoder.config.layers_block_type),
-        "time_step_limit": [0.0, math.inf],
-        "torch_dtype": "bfloat16",
-        "architectures": ["NemotronHForCausalLM"],
-        "auto_map": {"AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM"},
-    } | changes
+    config = nvidia_config(decoder) | changes
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "modeling_nemotron_h.py").write_text("raise SystemExit('code beside the weights is not run')\n")
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: nvidia-open-model-license\n---\n# Model\n")
     (folder / "LICENSE").write_text("terms\n")
-    weights = file_weights(decoder)
+    weights = nvidia_weights(decoder)
     names = sorted(weights)
     index = {}
     for shard in range(shards):

@@ -8,8 +8,9 @@ rarest answer. Counts belong to one chunk of pictures, so that the outcome does 
 import random
 from collections import Counter
 
-from train_vlm.scenes.candidates import Candidate, SceneView
+from train_vlm.scenes.candidates import candidates
 from train_vlm.scenes.forms import UNANSWERABLE
+from train_vlm.scenes.scene_view import Candidate, SceneView
 
 __all__ = ["GQA_SHARES", "SHARES", "TRAIN_SHARES", "TRAIN_VIZWIZ_SHARES", "VIZWIZ_SHARES", "Balance"]
 
@@ -33,20 +34,20 @@ VIZWIZ_SHARES = {kind: share * 0.81 for kind, share in SHARES.items()}
 VIZWIZ_SHARES |= {"number": 7.7, "word": 7.7, "unanswerable": 14.0, "unprinted": 13.2}  # 27 % have no answer
 # In training the kinds that take long to learn come more often, those that are learnt with the captions less.
 TRAIN_SHARES = SHARES | {
-    "presence": 9.0,
-    "existence": 7.0,
-    "color": 6.0,
-    "shape": 13.0,
-    "size": 8.0,
+    "presence": 10.0,
+    "easy": 17.0,
+    "color": 7.0,
+    "shape": 7.5,
+    "size": 7.5,
     "count": 9.0,
-    "place": 9.0,
-    "comparison": 10.5,
-    "number": 6.0,
-    "word": 6.0,
-    "logic": 10.0,
-    "region": 6.0,
+    "place": 10.0,
+    "comparison": 15.0,
+    "number": 7.0,
+    "word": 7.0,
+    "logic": 17.0,
+    "region": 7.0,
     "unanswerable": 8.0,
-    "unprinted": 6.0,
+    "unprinted": 7.0,
 }
 TRAIN_VIZWIZ_SHARES = {kind: share * 0.81 for kind, share in TRAIN_SHARES.items()} | {"unanswerable": 14.0, "unprinted": 11.0}
 GQA_SHARES = {kind: share for kind, share in SHARES.items() if kind not in ("unanswerable", "unprinted")}
@@ -95,7 +96,7 @@ class Balance:
         order = sorted(self.shares, key=lambda k: (times[k], self.kinds[k] - self.shares[k] * (total + rng.random() * 8)))
         for kind in order:
             cells: dict[tuple[str, str, str], list[Candidate]] = {}
-            for candidate in view.candidates(kind):
+            for candidate in candidates(view, kind):
                 if topics.isdisjoint(candidate.topics) and candidate not in chosen:
                     cells.setdefault((candidate.form, candidate.pattern, candidate.answer), []).append(candidate)
             if cells:

@@ -6,78 +6,22 @@ right) nothing is asked.
 """
 
 from collections import Counter
-from dataclasses import dataclass
 from itertools import permutations
 
 from train_vlm.scenes.captions import PLACES, place_of
+from train_vlm.scenes.easy_candidates import easy_candidates
 from train_vlm.scenes.forms import UNANSWERABLE, Ref
-from train_vlm.scenes.scene import COLORS, SHAPES, SIZES, Scene
+from train_vlm.scenes.scene import COLORS, SHAPES, SIZES
+from train_vlm.scenes.scene_view import Candidate, SceneView
 
-__all__ = ["CANDIDATES", "Candidate", "SceneView"]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A question that could be asked. `pattern` says what its descriptions are made of: priors are balanced per form and pattern.
-    `topics`: what it gives away; two questions about one picture never share a topic."""
-
-    kind: str
-    form: str
-    answer: str
-    pattern: str = ""
-    a: Ref | None = None
-    b: Ref | None = None
-    c: str | None = None
-    p: str | None = None
-    topics: tuple = ()
+__all__ = ["candidates"]
 
 
-class SceneView:
-    """A scene with the look-ups that the questions need; candidates are made per kind, when first asked for."""
-
-    def __init__(self, scene: Scene):
-        self.scene = scene
-        self.objects = scene.objects
-        self.shapes = Counter(thing.shape for thing in scene.objects)
-        self.colors = Counter(thing.color for thing in scene.objects)
-        self.pairs = Counter((thing.color, thing.shape) for thing in scene.objects)
-        self.absent_shapes = [shape for shape in SHAPES if shape not in self.shapes]
-        self.absent_colors = [color for color in COLORS if color not in self.colors]
-        present = [(color, shape) for color in self.colors for shape in self.shapes if (color, shape) not in self.pairs]
-        self.half_absent = [(color, shape) for color in self.colors for shape in self.absent_shapes]
-        self.half_absent += [(color, shape) for color in self.absent_colors for shape in self.shapes]
-        self.absent_pairs = present or self.half_absent  # the hardest there are
-        self.print_of = {"number": scene.number, "word": scene.word}
-        self._candidates: dict[str, list[Candidate]] = {}
-
-    def candidates(self, kind: str) -> list[Candidate]:
-        if kind not in self._candidates:
-            self._candidates[kind] = CANDIDATES[kind](self)
-        return self._candidates[kind]
-
-    def unique(self, pattern: str) -> list[tuple[int, Ref]]:
-        """(index, description) of every object that a description of this pattern (shape, color, pair) singles out."""
-        found = []
-        for index, thing in enumerate(self.objects):
-            if pattern == "shape" and self.shapes[thing.shape] == 1:
-                found.append((index, Ref(thing.shape)))
-            elif pattern == "color" and self.colors[thing.color] == 1:
-                found.append((index, Ref(None, thing.color)))
-            elif pattern == "pair" and self.pairs[thing.color, thing.shape] == 1:
-                found.append((index, Ref(thing.shape, thing.color)))
-        return found
-
-    def looks(self, ref: Ref) -> tuple:
-        """The topics of a question that names colour and shape of objects: it would answer what colour or shape they have."""
-        return tuple(("look", i) for i, thing in enumerate(self.objects) if (thing.shape, thing.color) == (ref.shape, ref.color))
-
-    def absent(self, pattern: str) -> list[Ref]:
-        """Descriptions of this pattern that fit nothing."""
-        if pattern == "shape":
-            return [Ref(shape) for shape in self.absent_shapes]
-        if pattern == "color":
-            return [Ref(None, color) for color in self.absent_colors]
-        return [Ref(shape, color) for color, shape in self.absent_pairs]
+def candidates(view: SceneView, kind: str) -> list[Candidate]:
+    """Every question of this kind about the scene; made when first asked for, then kept with the view."""
+    if kind not in view.asked_for:
+        view.asked_for[kind] = CANDIDATES[kind](view)
+    return view.asked_for[kind]
 
 
 def _presence(view: SceneView) -> list[Candidate]:
@@ -92,22 +36,6 @@ def _presence(view: SceneView) -> list[Candidate]:
         for asked in [color, *others]:
             answer = "yes" if asked == color else "no"
             found.append(Candidate("presence", "is_color", answer, "shape", ref, c=asked, topics=(("look", index),)))
-    return found
-
-
-def _existence(view: SceneView) -> list[Candidate]:
-    """Presence with one thing to look for: a shape, a colour, or a pair of which half is nowhere. Training only: "is there a red circle"
-    among red things and circles, and all of logic, begin with these."""
-    found = []
-    for pattern, refs in (("shape", [Ref(shape) for shape in SHAPES]), ("color", [Ref(None, color) for color in COLORS])):
-        for ref in refs:
-            here = view.shapes[ref.shape] or view.colors[ref.color]
-            found.append(Candidate("existence", "exist", "yes" if here else "no", pattern, ref, topics=(("exist", ref),)))
-    for color, shape in view.pairs:
-        ref = Ref(shape, color)
-        found.append(Candidate("existence", "exist", "yes", "half", ref, topics=view.looks(ref)))
-    for ref in (Ref(shape, color) for color, shape in view.half_absent):
-        found.append(Candidate("existence", "exist", "no", "half", ref, topics=(("exist", ref),)))
     return found
 
 
@@ -289,7 +217,7 @@ def _unprinted(view: SceneView) -> list[Candidate]:
 
 CANDIDATES = {
     "presence": _presence,
-    "existence": _existence,
+    "easy": easy_candidates,
     "color": _color,
     "shape": _shape,
     "size": _size,

@@ -1,8 +1,8 @@
 """What the truth of one question implies for others, in forms that are asked anyway."""
 
-from train_vlm.scenes.candidates import Candidate
 from train_vlm.scenes.forms import Ref
 from train_vlm.scenes.questions import Question
+from train_vlm.scenes.scene_view import Candidate
 
 __all__ = ["implied"]
 

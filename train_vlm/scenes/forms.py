@@ -10,7 +10,7 @@ __all__ = ["KINDS", "UNANSWERABLE", "WORDINGS", "Ref", "article", "plural", "say
 
 KINDS = (
     "presence",
-    "existence",
+    "easy",
     "color",
     "shape",
     "size",
@@ -23,7 +23,7 @@ KINDS = (
     "region",
     "unanswerable",
     "unprinted",
-)  # existence: easy presence, in training only; unanswerable: no such object; unprinted: no such number or word
+)  # easy: in training only (easy_candidates.py); unanswerable: no such object; unprinted: no such number or word
 UNANSWERABLE = "unanswerable"
 
 

@@ -4,9 +4,9 @@ import random
 from dataclasses import dataclass
 
 from train_vlm.scenes.balance import SHARES, Balance
-from train_vlm.scenes.candidates import SceneView
 from train_vlm.scenes.forms import UNANSWERABLE, WORDINGS, Ref, say
 from train_vlm.scenes.scene import Scene
+from train_vlm.scenes.scene_view import SceneView
 
 __all__ = ["QUESTION_TYPES", "Question", "questions"]
 

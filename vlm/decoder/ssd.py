@@ -62,14 +62,16 @@ def _check_shapes(
 
 
 def _time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], dtype: torch.dtype) -> Tensor:
-    dt = dt.to(dtype)
+    # In float64, then rounded once: the gradient of dt_bias is a sum over all positions that may nearly cancel (the worst of 200 random
+    # shapes: 1.3e-5 with float32 throughout, 8e-6 so). These are H numbers a position, beside H times P of x.
+    dt = dt.double()
     if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
+        dt = dt + dt_bias.double()
     if dt_softplus:
         dt = F.softplus(dt)
     if not dt_softplus or dt_limit[0] > 0.0 or dt_limit[1] < float("inf"):  # softplus alone is within (0, inf)
         dt = dt.clamp(min=dt_limit[0], max=dt_limit[1])
-    return dt
+    return dt.to(dtype)
 
 
 def chunk_scan(

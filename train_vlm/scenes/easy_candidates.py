@@ -1,0 +1,45 @@
+"""Questions for training alone: the forms that take longest to learn, asked where the answer is easy.
+
+Held-out questions of presence, logic and comparison are hard on purpose: both halves of "a red circle" are in the picture, of "a circle and
+a star" at least one is, and "more circles than stars" asks about two shapes that are there. From such questions alone a small model learns
+nothing for thousands of steps: the answer hangs on two things it must find at once, and guessing one of them tells it nothing. Here one
+thing is enough (docs/decisions.md has what that gives). Each form comes with both answers, so that the text tells nothing.
+"""
+
+from itertools import permutations
+
+from train_vlm.scenes.forms import Ref
+from train_vlm.scenes.scene import COLORS, SHAPES
+from train_vlm.scenes.scene_view import Candidate, SceneView
+
+__all__ = ["easy_candidates"]
+
+
+def easy_candidates(view: SceneView) -> list[Candidate]:
+    """Is there a shape, a colour, a pair of which half is nowhere; two shapes of which both or neither are there; a shape that is there but
+    not, or more often than, one that is not, and the other way round."""
+    found = []
+    for pattern, refs in (("shape", [Ref(shape) for shape in SHAPES]), ("color", [Ref(None, color) for color in COLORS])):
+        for ref in refs:
+            here = view.shapes[ref.shape] or view.colors[ref.color]
+            found.append(_exists("yes" if here else "no", pattern, ref, (("exist", ref),)))
+    for color, shape in view.pairs:
+        ref = Ref(shape, color)
+        found.append(_exists("yes", "half", ref, view.looks(ref)))
+    for ref in (Ref(shape, color) for color, shape in view.half_absent):
+        found.append(_exists("no", "half", ref, (("exist", ref),)))
+    present, absent = [Ref(shape) for shape in view.shapes], view.absent("shape")
+    for answer, refs in (("yes", present), ("no", absent)):
+        for a, b in permutations(refs, 2):
+            found.append(Candidate("easy", "and", answer, "alike", a, b, topics=(("logic", "and"),)))
+    for here in present:
+        for gone in absent:
+            topics = {"more": (("more", frozenset((here.shape, gone.shape))),), "but_no": (("logic", "but_no"),)}
+            for form, topic in topics.items():
+                found.append(Candidate("easy", form, "yes", "alone", here, gone, topics=topic))
+                found.append(Candidate("easy", form, "no", "alone", gone, here, topics=topic))
+    return found
+
+
+def _exists(answer: str, pattern: str, ref: Ref, topics: tuple) -> Candidate:
+    return Candidate("easy", "exist", answer, pattern, ref, topics=topics)
