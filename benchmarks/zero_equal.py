@@ -143,13 +143,17 @@ class Trial:
     def ssm_row(self, **run) -> dict:
         """Of an engine in bfloat16: for A_log, D, dt_bias and a matrix [dtype, largest change of a value], and some losses."""
         engine, recipe = self.engine(precision="bfloat16", **run)
-        before, found = dict(self.model.named_parameters()), {}
+        before, found, modules = dict(self.model.named_parameters()), {}, dict(engine.module.named_modules())
         for name, parameter in engine.module.named_parameters():
             kind = "in_proj" if name.endswith("in_proj.weight") else name.rpartition(".")[2]
             if kind in (*KEPT, "in_proj"):
                 with deepspeed.zero.GatheredParameters([parameter], enabled=recipe.run.zero_stage == 3):
-                    change = (parameter.detach().float() - before[name].detach().float()).abs().max().item()
-                found[kind] = (str(parameter.dtype).removeprefix("torch."), max(change, found.get(kind, ("", 0.0))[1]))
+                    mixer, _, short = name.rpartition(".")
+                    rest = getattr(modules[mixer], "rests", {}).get(short)  # what the mixer adds (train_vlm/float32_rests.py)
+                    value = parameter.detach().float() + (0.0 if rest is None else rest)
+                    change = (value - before[name].detach().float()).abs().max().item()
+                held = str(parameter.dtype).removeprefix("torch.") + ("" if rest is None else " + rest")
+                found[kind] = (held, max(change, found.get(kind, ("", 0.0))[1]))
         losses = []
         for step in range(min(5, self.steps)):
             places = range(step * BATCH + self.rank, (step + 1) * BATCH, self.ranks)

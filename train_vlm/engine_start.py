@@ -1,7 +1,7 @@
 """Start DeepSpeed's engine around a model: what has to be said to it beyond its dictionary of settings.
 
-It is told to leave A_log, D and dt_bias in float32 (kept_precision.py), to print nothing, and, on a single rank without ZeRO, to keep its
-hands off the gradients: it would copy all of them into one buffer to send them to nobody.
+It is told to leave A_log, D and dt_bias in float32 (kept_precision.py; under ZeRO-3 float32_rests.py), to print nothing, and, on a single
+rank without ZeRO, to keep its hands off the gradients: it would copy all of them into one buffer to send them to nobody.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import io
 
 from torch import nn
 
+from train_vlm.float32_rests import Float32Rests
 from train_vlm.kept_precision import kept_in_float32
 from train_vlm.recipe import Recipe
 
@@ -16,7 +17,7 @@ __all__ = ["keeps_float32", "start_engine"]
 
 
 def keeps_float32(recipe: Recipe) -> bool:
-    """Whether A_log, D and dt_bias stay wider than the rest. ZeRO-3 lays everything that trains into one buffer of one dtype."""
+    """Whether A_log, D and dt_bias are float32 parameters. ZeRO-3 lays everything that trains into one buffer of one dtype."""
     return recipe.run.precision == "bfloat16" and recipe.run.zero_stage < 3
 
 
@@ -25,8 +26,12 @@ def start_engine(model: nn.Module, optimizer, recipe: Recipe, settings: dict, ra
     import deepspeed
 
     keeping = kept_in_float32(model) if keeps_float32(recipe) else contextlib.nullcontext()
+    rests = Float32Rests(model) if recipe.run.precision == "bfloat16" and recipe.run.zero_stage == 3 else None
     with contextlib.redirect_stdout(io.StringIO()), keeping:  # DeepSpeed prints a page about memory for bfloat16
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if ranks == 1 and recipe.run.zero_stage == 0:
         engine.enable_backward_allreduce = False
+    engine.float32_rests = rests
+    if rests:
+        rests.attach(engine)
     return engine, optimizer

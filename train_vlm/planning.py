@@ -133,7 +133,8 @@ def _memory_lines(recipe: Recipe, model: VisionLanguageModel, work: StepWork) ->
     share = plan.cards * data.micro_batches
     tokens = data.pack_tokens or max(work.tokens, work.samples * work.tokens / share)
     tiles = tokens / work.tokens * work.tiles
-    kept = activation_bytes(model, tokens, tiles, checkpointing=recipe.run.activation_checkpointing, bytes_a_number=width)
+    kept = activation_bytes(model, tokens, tiles, checkpointing=recipe.run.activation_checkpointing,
+                            encoder_checkpointing=recipe.run.encoder_activation_checkpointing, bytes_a_number=width)  # fmt: skip
     lines = [
         f"GiB of a rank, {plan.cards} ranks; activations estimated for a pack of {tokens:,.0f} tokens and {tiles:.0f} tiles"
         f"{', of blocks: inputs alone' if recipe.run.activation_checkpointing else ''}",

@@ -17,6 +17,7 @@ from train_vlm.adapters import put_on_adapters
 from train_vlm.batching import MicroBatchPositions, pack
 from train_vlm.checkpointing import load_checkpoint, reshaped
 from train_vlm.dealing import Dealt, fitting_micro_batches, predict
+from train_vlm.encoder_checkpointing import checkpoint_encoder
 from train_vlm.engine_start import keeps_float32, start_engine
 from train_vlm.flops import FlopCosts, count_costs
 from train_vlm.fp8_guard import Fp8Guard, start_fp8
@@ -132,6 +133,8 @@ def prepare(recipe: Recipe) -> Prepared | None:
         return None
     apply_parts(model, recipe.parts)
     model.activation_checkpointing = recipe.run.activation_checkpointing
+    if recipe.run.encoder_activation_checkpointing:
+        checkpoint_encoder(model.vision_encoder)
     model.training = True
     reached = put_on_adapters(model, recipe.lora) if recipe.lora else None
     groups, costs = parameter_groups(model, recipe.parts, recipe.optimizer), count_costs(model)

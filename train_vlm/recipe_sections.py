@@ -166,7 +166,8 @@ class Optimizer:
 @dataclass(frozen=True)
 class Run:
     """steps: optimizer steps; or minutes: training time, after which the run is at its final rate and ends (give one of the two).
-    zero_stage: DeepSpeed ZeRO 0..3; precision: float32 or bfloat16; activation_checkpointing: keep block inputs only; log_every: steps.
+    zero_stage: DeepSpeed ZeRO 0..3; precision: float32 or bfloat16; log_every: steps. activation_checkpointing: of the decoder, and
+    encoder_activation_checkpointing: of the vision encoder, keep block inputs only and compute the blocks again in the backward pass.
     offload: what lies in the machine's memory in place of the card's: optimizer (its states and float32 weights; ZeRO 1 to 3), or all (the
     weights, too; ZeRO 3).
     heldout_every: steps between two looks at the held-out loss (null: at the end only, when there are held-out sources).
@@ -184,6 +185,7 @@ class Run:
     offload: str | None = None
     precision: str = "float32"
     activation_checkpointing: bool = False
+    encoder_activation_checkpointing: bool = False
     log_every: int = 5
     heldout_every: int | None = None
     wandb: str | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from train_vlm.freezing import encoder_blocks
 from vlm.modeling import VisionLanguageModel
 
 __all__ = ["activation_bytes", "kept_by_encoder"]
@@ -17,8 +18,11 @@ __all__ = ["activation_bytes", "kept_by_encoder"]
 KEPT_IN_BLOCK = 3
 
 
-def kept_by_encoder(encoder: nn.Module) -> int:
-    """Numbers that autograd keeps for one tile; 0 for a frozen encoder. Views of one memory count once, weights do not."""
+def kept_by_encoder(encoder: nn.Module, checkpointing: bool = False) -> int:
+    """Numbers that autograd keeps for one tile; 0 for a frozen encoder. Views of one memory count once, weights do not.
+
+    With `checkpointing`: the inputs of its blocks, and one block open (all are taken to keep alike).
+    """
     if not any(p.requires_grad for p in encoder.parameters()):
         return 0
     tensors = {name: torch.empty_like(p, device="meta").requires_grad_(p.requires_grad) for name, p in encoder.named_parameters()}
@@ -35,15 +39,28 @@ def kept_by_encoder(encoder: nn.Module) -> int:
             kept[memory] = tensor
         return tensor
 
+    blocks, inputs = encoder_blocks(encoder) if checkpointing else [], []
+    hooks = [block.register_forward_pre_hook(lambda _, given: inputs.append(given[0].numel())) for block in blocks]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         functional_call(encoder, tensors, (pixels,))
-    return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept.values())
+    for hook in hooks:
+        hook.remove()
+    everything = sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept.values())
+    return sum(inputs) + everything // len(blocks) if blocks else everything
 
 
-def activation_bytes(model: VisionLanguageModel, tokens: float, tiles: float, *, checkpointing: bool, bytes_a_number: int) -> float:
+def activation_bytes(
+    model: VisionLanguageModel,
+    tokens: float,
+    tiles: float,
+    *,
+    checkpointing: bool,
+    bytes_a_number: int,
+    encoder_checkpointing: bool = False,
+) -> float:
     """Bytes kept for the backward pass of one pack of `tokens` positions and `tiles` tiles."""
     hidden = model.config.text_config.hidden_size
-    numbers = tiles * kept_by_encoder(model.vision_encoder)
+    numbers = tiles * kept_by_encoder(model.vision_encoder, encoder_checkpointing)
     inside = []
     for block in model.language_model.model.layers:
         widths = [module.out_features for module in block.mixer.modules() if isinstance(module, nn.Linear)]

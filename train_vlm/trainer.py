@@ -36,7 +36,9 @@ __all__ = ["full_state_dict", "train"]
 def full_state_dict(engine, zero_stage: int) -> dict | None:
     """All weights on rank 0 (other ranks take part under ZeRO-3 and get None)."""
     if zero_stage == 3:
-        return engine._zero3_consolidated_16bit_state_dict()
+        weights, rests = engine._zero3_consolidated_16bit_state_dict(), getattr(engine, "float32_rests", None)
+        exact = rests.whole() if rests else {}  # on every rank
+        return None if weights is None else {**weights, **exact}
     return engine.module.state_dict()
 
 

@@ -20,6 +20,7 @@ from poison import Poison
 import train_vlm.trainer as training_loop
 from projector import Projector
 from train_vlm.batching import MicroBatchPositions, pack
+from train_vlm.encoder_checkpointing import checkpoint_encoder
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups
 from train_vlm.ranks import start_deepspeed, sum_over_ranks
 from train_vlm.recipe import Data, Optimizer, Parts, Recipe, Run, Source, load_recipe
@@ -98,6 +99,8 @@ class Bench:
         if recipe.run.precision == "bfloat16":
             model.to(torch.bfloat16)
         model.activation_checkpointing = recipe.run.activation_checkpointing
+        if recipe.run.encoder_activation_checkpointing:
+            checkpoint_encoder(model.vision_encoder)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer = make_optimizer(parameter_groups(model, parts, recipe.optimizer), recipe.optimizer)
         engine, _, _, _ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=recipe.deepspeed_config(self.world_size))
@@ -229,7 +232,8 @@ def main(shards: str, model_folder: str, out: str, killed: str) -> None:
         results[f"zero{stage}"] = bench.run(ALL, expected=weights, zero_stage=stage)
     results["micro2"] = bench.run(ALL, expected=weights, zero_stage=2, micro_batches=2)
     results["micro4_zero3"] = bench.run(ALL, expected=weights, zero_stage=3, micro_batches=4)
-    results["checkpointing_zero3"] = bench.run(ALL, expected=weights, zero_stage=3, activation_checkpointing=True)
+    results["checkpointing_zero3"] = bench.run(ALL, expected=weights, zero_stage=3, activation_checkpointing=True,
+                                                encoder_activation_checkpointing=True)  # fmt: skip
     results["bfloat16"] = bench.run(ALL, zero_stage=1, precision="bfloat16")
     for stage in (1, 3):
         results[f"align_zero{stage}"] = bench.run(ALIGN, expected=weights_align, zero_stage=stage)
@@ -246,7 +250,9 @@ def main(shards: str, model_folder: str, out: str, killed: str) -> None:
     stopped = run_recipe(Path(out, "faulty"), shards, model_folder, zero_stage=1, steps=99, save_every_steps=None)
     results["stopped_by_the_ledger"] = stopped_by_the_ledger(stopped, Path(shards).with_name("faulty"))
 
-    results["resumed_bfloat16"] = cut_and_whole(bench, Path(out, "bfloat16"), shards, model_folder, zero_stage=1, precision="bfloat16")
+    for stage in (1, 3):
+        results[f"resumed_bfloat16_zero{stage}"] = cut_and_whole(bench, Path(out, f"bfloat16_zero{stage}"), shards, model_folder,
+                                                                 zero_stage=stage, precision="bfloat16")  # fmt: skip
     results["timed"] = cut_by_the_clock(bench, Path(out, "timed"), shards, model_folder)
 
     # What one process left when it was killed goes on here, on two ranks.

@@ -7,6 +7,9 @@ subclass is set on the instances of our model after construction; transformers' 
 Letters: B batch, T positions, H heads, P head width, G groups, N state, F convolution channels.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +25,12 @@ __all__ = ["Mamba2Mixer"]
 
 
 class Mamba2Mixer(NemotronHMamba2Mixer):
-    """Mamba-2 (arXiv 2405.21060) as Nemotron-H uses it. Made from a stock mixer by `Mamba2Mixer.take_over(mixer)`."""
+    """Mamba-2 (arXiv 2405.21060) as Nemotron-H uses it. Made from a stock mixer by `Mamba2Mixer.take_over(mixer)`.
+
+    rests: {A_log, D or dt_bias: (H,) float32} to be added to a parameter that a trainer had to round.
+    """
+
+    rests: Mapping[str, Tensor] = MappingProxyType({})
 
     @classmethod
     def take_over(cls, mixer: NemotronHMamba2Mixer) -> None:
@@ -62,7 +70,7 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
         x, B, C = (fed if self.has_silu else self.act(fed)).split([self.intermediate_size, state_size, state_size], dim=-1)
 
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        A = -torch.exp(self.A_log.to(wide))
+        A = -torch.exp(self._widened("A_log", wide))
         before = state.ssm.get(self.layer_idx) if state is not None else None
         if length == 1 and before is not None:
             y, after = state_update(
@@ -72,13 +80,13 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
                 A,
                 B.view(batch, self.n_groups, self.ssm_state_size),
                 C.view(batch, self.n_groups, self.ssm_state_size),
-                self.D.to(wide),
-                dt_bias=self.dt_bias.to(wide),
+                self._widened("D", wide),
+                dt_bias=self._widened("dt_bias", wide),
                 dt_softplus=True,
                 dt_limit=self.dt_limit,
             )
         else:
-            steps = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+            steps = F.softplus(dt.to(wide) + self._widened("dt_bias", wide))
             if self.dt_limit[0] > 0.0 or self.dt_limit[1] < float("inf"):
                 steps = steps.clamp(*self.dt_limit)
             if layout.valid is not None:
@@ -91,7 +99,7 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
                 B.view(batch, length, self.n_groups, self.ssm_state_size),
                 C.view(batch, length, self.n_groups, self.ssm_state_size),
                 self.chunk_size,
-                D=self.D.to(wide),
+                D=self._widened("D", wide),
                 initial_states=before,
                 seq_idx=layout.seq_idx,
                 return_final_states=True,
@@ -101,6 +109,11 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
         y, gate = (tensor.reshape(-1, self.intermediate_size) for tensor in (y, gate))
         y = GatedNorm.apply(y, gate, self.norm.weight, self.n_groups, self.norm.variance_epsilon)
         return self.out_proj(y.view(batch, length, -1).to(hidden_states.dtype))
+
+    def _widened(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A_log, D or dt_bias in the dtype of the scan, with what its own dtype leaves of it."""
+        value, rest = getattr(self, name).to(dtype), self.rests.get(name)
+        return value if rest is None else value + rest
 
     @staticmethod
     def _layout_from_transformers(hidden_states: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Layout:
