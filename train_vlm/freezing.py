@@ -34,7 +34,10 @@ def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
     sizes = {kind: sum(p.numel() for block in blocks for p in block.parameters()) for kind, blocks in found.items()}
     best = max((kind for kind in found if len(found[kind]) > 1), key=sizes.__getitem__, default=None)
     if best is None:
-        raise ValueError("parts.last_encoder_blocks: this vision encoder has no list of blocks; train it whole, by parts.vision_encoder")
+        raise ValueError(
+            "this vision encoder has no list of several blocks, which parts.last_encoder_blocks and run.encoder_activation_checkpointing "
+            "need; train it whole, by parts.vision_encoder, and keep its activations"
+        )
     return found[best]
 
 

@@ -30,7 +30,7 @@ from vlm.checkpoint import load_model, save_model
 from vlm.lora import load_adapter, merge_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL_ENCODER = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 2}
+SMALL_ENCODER = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2}
 QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
