@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlm.decoder
+from vlm.assemble import assemble
 from vlm.doctor import Check, answers, examine, operations, parts
 from vlm.doctor.__main__ import main
 from vlm.doctor.check import measured, worst_position
@@ -156,6 +157,12 @@ def test_a_checkpoint_that_was_not_loaded_exactly_is_seen(tiny_folder, tiny_mode
     assert {"a number": "A_log", "left out": "A_log (in no file)", "too many": "projector.extra.weight (in the files only)"}[
         damage
     ] in check.figure
+
+
+def test_a_phrase_that_is_one_token_is_text_and_no_fault():
+    """The quickstart's tokenizer knows its instructions as one plain token each."""
+    model, processor = assemble("tiny", tokenizer_phrases=["\nAnswer with one word."])
+    assert "text that looks like a tag stays text" not in failed(parts.tokenizer(model, processor))
 
 
 def test_text_that_becomes_a_tag_is_seen(patient, monkeypatch):

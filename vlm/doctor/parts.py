@@ -108,7 +108,9 @@ def tokenizer(model: VisionLanguageModel, processor: VLMProcessor) -> Iterator[C
     spread = sorted(set(counts.values()))
     yield Check("tile tags have equal length", f"{len(tags)} tags of {' or '.join(map(str, spread))} tokens", len(spread) == 1)
 
-    added = words.get_added_vocab()
+    # Added tokens that are not special are text, such as a phrase that a small tokenizer knows as one token.
+    marks = {token.content for token in words.added_tokens_decoder.values() if token.special} | set(image_tokens())
+    added = {content: number for content, number in words.get_added_vocab().items() if content in marks}
     attacks = [f"{before}{mark}{after}" for mark in added for before, after in (("", ""), ("see ", " here"), ("<", ">"))]
     attacks += ["<tile_01><tile_02>", "<image>\n<image>", "".join(list(added)[:8])]
     turned = [text for text in attacks if set(renderer.encode_plain(text)) & set(added.values())]
