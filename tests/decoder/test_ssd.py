@@ -35,6 +35,15 @@ def test_the_gradient_of_a_keeps_its_digits_under_strong_decay(strength):
     assert relative(fast.grad, slow.grad) < 1e-5
 
 
+def test_a_gradient_that_nearly_cancels_keeps_five_digits():
+    """Under random weights dt_bias' gradient is a sum of 8,223 positions, thousands of times smaller than its terms: with float32 time steps
+    this shape, the worst of 200, was off by 1.3e-5."""
+    generator = torch.Generator().manual_seed(1187)
+    errors = compare(*random_case(187), weigh=lambda part: torch.randn(part.shape, generator=generator))
+    assert errors["gradient of dt_bias"] < 1e-5
+    assert max(errors.values()) < 1e-5
+
+
 def test_nothing_is_kept_that_activation_checkpointing_could_not_drop():
     """States kept on the Function itself would stay in memory through every checkpointed layer."""
     tensors, _, _ = random_case(3, length=64)
