@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from .convolution import causal_convolution
 from .gated_norm import GatedNorm
 from .layout import Layout
-from .ssd import chunk_scan, state_update
+from .ssd import chunk_scan, state_update, time_steps
 from .state import DecoderState
 
 __all__ = ["Mamba2Mixer"]
@@ -86,9 +85,7 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
                 dt_limit=self.dt_limit,
             )
         else:
-            steps = F.softplus(dt.to(wide) + self._widened("dt_bias", wide))
-            if self.dt_limit[0] > 0.0 or self.dt_limit[1] < float("inf"):
-                steps = steps.clamp(*self.dt_limit)
+            steps = time_steps(dt, self._widened("dt_bias", wide), True, self.dt_limit, wide)
             if layout.valid is not None:
                 # A time step of 0 keeps the state as it is: padding must neither decay nor feed it.
                 steps = steps * layout.valid[..., None]

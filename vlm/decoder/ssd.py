@@ -17,7 +17,7 @@ from torch import Tensor
 from .chunked_scan import ChunkedScan
 from .kernels import fast_scan
 
-__all__ = ["chunk_scan", "recurrent_scan", "state_update"]
+__all__ = ["chunk_scan", "recurrent_scan", "state_update", "time_steps"]
 
 SHORTEST_CHUNK, LONGEST_CHUNK = 16, 64
 """Positions. Within them the caller's chunk_size decides: shorter chunks spend their time on states, longer ones on decay matrices."""
@@ -61,7 +61,8 @@ def _check_shapes(
         raise ValueError(f"dt_bias has shape {tuple(dt_bias.shape)}; expected (H,) = {(heads,)}")
 
 
-def _time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], dtype: torch.dtype) -> Tensor:
+def time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    """dt (B, T, H) or (B, H) and dt_bias (H,) -> time steps of dt's shape in `dtype`: bias, softplus and clamp, as asked for."""
     # In float64, then rounded once: the gradient of dt_bias is a sum over all positions that may nearly cancel (the worst of 200 random
     # shapes: 1.3e-5 with float32 throughout, 8e-6 so). These are H numbers a position, beside H times P of x.
     dt = dt.double()
@@ -123,7 +124,7 @@ def plain_scan(
 ):  # fmt: skip
     """`chunk_scan` in plain PyTorch, on any device; arguments are not checked again."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, dtype)  # B T H
+    steps = time_steps(dt, dt_bias, dt_softplus, dt_limit, dtype)  # B T H
     span = min(max(chunk_size, SHORTEST_CHUNK), LONGEST_CHUNK, x.shape[1])
     before = None if initial_states is None else initial_states.to(dtype)
     inputs = (x, steps, A.to(dtype), B, C, None if D is None else D.to(dtype), before)
@@ -158,7 +159,7 @@ def recurrent_scan(
     repeats = heads // B.shape[2]
     x64, A64 = x.double(), A.double()
     B64, C64 = (tensor.double().repeat_interleave(repeats, dim=2) for tensor in (B, C))  # B T H N
-    steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, torch.float64)
+    steps = time_steps(dt, dt_bias, dt_softplus, dt_limit, torch.float64)
     decay = (steps * A64).exp()
     if seq_idx is not None:
         decay = decay * F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (1, 0), value=True)[..., None]
@@ -194,7 +195,7 @@ def state_update(
     """
     dtype = state.dtype
     groups = B.shape[1]
-    steps = _time_steps(dt, dt_bias, dt_softplus, dt_limit, dtype)  # B H
+    steps = time_steps(dt, dt_bias, dt_softplus, dt_limit, dtype)  # B H
     state = rearrange(state * (steps * A.to(dtype)).exp()[..., None, None], "b (g r) p n -> b g r p n", g=groups)
     fed = rearrange(x.to(dtype) * steps[..., None], "b (g r) p -> b g r p 1", g=groups)
     state = state + fed * B.to(dtype)[:, :, None, None, :]
