@@ -36,8 +36,8 @@ def test_the_gradient_of_a_keeps_its_digits_under_strong_decay(strength):
 
 
 def test_a_gradient_that_nearly_cancels_keeps_five_digits():
-    """Under random weights dt_bias' gradient is a sum over 8,223 positions that nearly cancels: with float32 time steps this shape, the worst
-    of 200, was off by 1.3e-5."""
+    """Under random weights dt_bias' gradient is a sum over 8,223 positions that nearly cancels: with float32 time steps this shape, the
+    worst of 200, was off by 1.3e-5."""
     generator = torch.Generator().manual_seed(1187)
     errors = compare(*random_case(187), weigh=lambda part: torch.randn(part.shape, generator=generator))
     assert errors["gradient of dt_bias"] < 1e-5
