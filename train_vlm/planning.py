@@ -135,9 +135,11 @@ def _memory_lines(recipe: Recipe, model: VisionLanguageModel, work: StepWork) ->
     tiles = tokens / work.tokens * work.tiles
     kept = activation_bytes(model, tokens, tiles, checkpointing=recipe.run.activation_checkpointing,
                             encoder_checkpointing=recipe.run.encoder_activation_checkpointing, bytes_a_number=width)  # fmt: skip
+    lean = [part for part, is_lean in (("decoder", recipe.run.activation_checkpointing),
+                                       ("encoder", recipe.run.encoder_activation_checkpointing)) if is_lean]  # fmt: skip
     lines = [
         f"GiB of a rank, {plan.cards} ranks; activations estimated for a pack of {tokens:,.0f} tokens and {tiles:.0f} tiles"
-        f"{', of blocks: inputs alone' if recipe.run.activation_checkpointing else ''}",
+        f"{', ' + ' and '.join(lean) + ' blocks: inputs alone' if lean else ''}",
         f"{'':<28}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'gathered':>10}{'card':>9}{'+ activ.':>10}{'host':>9}  fits cards of GB",
     ]
     for row in memory_rows(trained, frozen, plan.cards, precision=recipe.run.precision, kind=recipe.optimizer.kind):

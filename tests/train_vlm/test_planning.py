@@ -96,7 +96,18 @@ def test_lora_of_the_4b_fits_a_card_of_24_gb(capsys):
     mamba = 16 * ((3072 + 2 * 7168 + 2 * 1024 + 112) + (7168 + 3072))
     adapters = 24 * mamba + 4 * 16 * (2 * (3072 + 4096) + 2 * (3072 + 1024)) + 24 * 16 * 2 * (3072 + 12288)
     assert f"{adapters:,}" in out and "LoRA of rank 16 reaches" in out and "  24, 40, 48, 80, 141  <- this recipe" in out
+    assert ", decoder blocks: inputs alone\n" in out
     assert "the shapes of 4b and internvit" in out and "10,395 steps (1.00 epochs of 665,298 samples)" in out
+
+
+def test_the_plan_says_whose_blocks_are_computed_again(align):
+    """The encoder has a switch of its own; nobody should take the one for the other."""
+    recipe, _ = align
+    for decoder, encoder, expected in ((True, True, ", decoder and encoder blocks: inputs alone"), (False, True, ", encoder blocks: inputs alone"),
+                                       (False, False, " tiles")):  # fmt: skip
+        switched = replace(recipe.run, activation_checkpointing=decoder, encoder_activation_checkpointing=encoder)
+        line = next(line for line in plan_text(replace(recipe, run=switched)).splitlines() if line.startswith("GiB of a rank"))
+        assert line.endswith(expected)
 
 
 @pytest.mark.parametrize(
