@@ -1,9 +1,13 @@
 """A parameter rounded to bfloat16 and its rest are together the float32 value, in the mixer's output as well."""
 
 import copy
+from types import SimpleNamespace
 
+import pytest
 import torch
+from torch import nn
 
+from train_vlm.float32_rests import Float32Rests
 from vlm.decoder.layers import run_layers
 from vlm.decoder.layout import Layout
 
@@ -34,3 +38,58 @@ def test_rounded_parameters_and_their_rests_compute_as_the_exact_ones(exact_mode
     assert (without - expected).abs().max() > 1e-4 * scale
     assert (found - expected).abs().max() < 1e-12 * scale
     assert all("rests" not in vars(block.mixer) for block in decoder.model.layers)  # the class's empty one is nobody's to fill
+
+
+class Mixer(nn.Module):
+    """As much of a mixer as the rests need: three heads, which do not divide by two ranks."""
+
+    rests = {}
+
+    def __init__(self):
+        super().__init__()
+        for name in KEPT:
+            setattr(self, name, nn.Parameter(torch.tensor([1.003, -2.0071, 0.30011])))
+
+    def forward(self):
+        return {name: getattr(self, name).float() + self.rests[name] for name in KEPT}
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Rank 1 of two, with what DeepSpeed would know: the parameters in bfloat16, float32 copies of them, pieces of two numbers."""
+    mixer = Mixer()
+    rests = Float32Rests(mixer)
+    mixer.to(torch.bfloat16)
+    pieces, copies = {}, {id(parameter): parameter.detach().float().clone() for parameter in mixer.parameters()}
+    for parameter in mixer.parameters():
+        parameter.ds_tensor = torch.empty(2)
+    monkeypatch.setattr("deepspeed.utils.safe_set_local_fp32_param", lambda parameter, piece: pieces.update({id(parameter): piece}))
+    monkeypatch.setattr("deepspeed.utils.safe_get_full_fp32_param", lambda parameter: copies[id(parameter)])
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    engine = SimpleNamespace(global_steps=0, module=mixer, device=torch.device("cpu"), copies=copies, pieces=pieces, rests=rests)
+    rests.attach(engine)
+    return engine
+
+
+def test_the_copies_begin_from_the_values_before_the_cast_and_the_last_piece_is_padded(engine):
+    """Three numbers in pieces of two: rank 1 has the third, and one of padding."""
+    for name in KEPT:
+        assert engine.pieces[id(getattr(engine.module, name))].tolist() == [pytest.approx(0.30011, abs=1e-7), 0.0]
+
+
+def test_a_forward_pass_after_an_update_sees_the_copies_as_they_are_then(engine):
+    """With rests from before the update the decay of the state would lag behind by what bfloat16 leaves of it."""
+    parameter = engine.module.A_log
+    engine.copies[id(parameter)] = torch.tensor([1.0061, -2.0183, 0.30033])
+    parameter.data = engine.copies[id(parameter)].bfloat16()  # as DeepSpeed's step leaves it
+    engine.global_steps += 1
+    seen = engine.module()["A_log"]
+    assert torch.allclose(seen, engine.copies[id(parameter)], atol=1e-7, rtol=0)
+    assert not torch.allclose(parameter.float(), seen, atol=1e-4, rtol=0)  # bfloat16 alone is not there
+
+
+def test_rests_are_read_once_an_update(engine):
+    """Reading takes part of all ranks: not in every micro-batch."""
+    before = engine.module()["D"]
+    engine.copies[id(engine.module.D)] = torch.zeros(3)
+    assert torch.equal(engine.module()["D"], before)
