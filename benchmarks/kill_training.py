@@ -54,7 +54,7 @@ def run(*command: str) -> None:
 def make_inputs(work: Path, steps: int, save_every: int) -> None:
     """Scenes, a model, shards, and the quickstart's last recipe in steps instead of minutes."""
     scenes, model = work / "scenes", work / "model"
-    texts = {name: str(scenes / "train" / f"{name}.json") for name in ("captions", "questions")}
+    texts = {name: str(scenes / "train" / f"{name}.json") for name in ("captions", "questions", "late_questions")}
     run("-m", "train_vlm.scenes", "--out", str(scenes), "--train", str(PICTURES), "--heldout", "4")
     corpora = [part for text in texts.values() for part in ("--tokenizer-corpus", text)]
     run("-m", "vlm.assemble", "--preset", "tiny", *ENCODER, *corpora, "--out", str(model))

@@ -32,7 +32,7 @@ __all__ = ["Step", "main", "plan", "run_steps"]
 RECIPES = Path(__file__).with_name("recipes")
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_MINUTES = 3.5  # scenes, model, shards, start-ups, six evaluations and the report, on two cores
-SHARES = {"captions": 0.25, "align": 0.02, "sft": 0.73}  # of the training time
+SHARES = {"captions": 0.21, "align": 0.02, "early": 0.27, "sft": 0.50}  # of the training time
 TASKS = ("vqav2", "gqa", "vizwiz")
 # A narrow residual network with features every 8 px; from scratch it learns colours before a small ViT does (docs/decisions.md).
 ENCODER = ("--vision-encoder", "timm:resnet10t", "--vision-setting", "image_size=64", "--vision-setting", "output_stride=8",
@@ -69,9 +69,9 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
     """The steps of a quickstart, first to last."""
     python = (sys.executable, "-m")
     scenes, shards = out / "scenes", out / "shards"
-    texts = {name: scenes / "train" / f"{name}.json" for name in ("captions", "questions")}
+    texts = {name: scenes / "train" / f"{name}.json" for name in ("captions", "questions", "late_questions")}
     training = max(0.5, minutes - OTHER_MINUTES)
-    models = {name: out / f"model-{name}" for name in ("assembled", "captions", "align")} | {"sft": out / "model"}
+    models = {name: out / f"model-{name}" for name in ("assembled", "captions", "align", "early")} | {"sft": out / "model"}
     steps = [
         Step(
             "scenes",
@@ -82,7 +82,7 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
         Step(
             "assemble",
             ((*python, "vlm.assemble", "--preset", "tiny", *ENCODER,
-              "--tokenizer-corpus", str(texts["captions"]), "--tokenizer-corpus", str(texts["questions"]),
+              *(part for text in texts.values() for part in ("--tokenizer-corpus", str(text))),
               "--tokenizer-phrase", f"\n{SHORT_ANSWER}", "--tokenizer-phrase", f"\n{VIZWIZ_SHORT_ANSWER}",
               "--seed", str(seed), "--out", str(models["assembled"])),),
             (models["assembled"] / "config.json",),
@@ -100,7 +100,8 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
     for stage, program, sources in (
         ("captions", "sft.py", ["captions", "captions", "questions"]),
         ("align", "align.py", ["captions"]),
-        ("sft", "sft.py", ["questions", "questions", "captions"]),
+        ("early", "sft.py", ["questions", "questions", "captions"]),
+        ("sft", "sft.py", ["late_questions", "late_questions", "questions", "captions"]),
     ):
         overrides = {
             "model": str(models[before]),

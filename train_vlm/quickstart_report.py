@@ -11,7 +11,7 @@ TASK_NAMES = {"vqav2": "VQAv2", "gqa": "GQA", "vizwiz": "VizWiz"}
 # What a 15-minute run on two cores has to reach, in percent (VizWiz: of its ceiling).
 BARS = {"vqav2": 70.0, "gqa": 65.0, "vizwiz": 75.0}
 MARGIN, HIGH_BASELINE = 15.0, 80.0
-STAGES = ("captions", "align", "sft")
+STAGES = ("captions", "align", "early", "sft")
 
 
 def _read(path: Path) -> dict:

@@ -103,8 +103,8 @@ def test_lora_of_the_4b_fits_a_card_of_24_gb(capsys):
 def test_the_plan_says_whose_blocks_are_computed_again(align):
     """The encoder has a switch of its own; nobody should take the one for the other."""
     recipe, _ = align
-    for decoder, encoder, expected in ((True, True, ", decoder and encoder blocks: inputs alone"), (False, True, ", encoder blocks: inputs alone"),
-                                       (False, False, " tiles")):  # fmt: skip
+    endings = {(True, True): ", decoder and encoder blocks: inputs alone", (False, True): ", encoder blocks: inputs alone"}
+    for (decoder, encoder), expected in (endings | {(False, False): " tiles"}).items():
         switched = replace(recipe.run, activation_checkpointing=decoder, encoder_activation_checkpointing=encoder)
         line = next(line for line in plan_text(replace(recipe, run=switched)).splitlines() if line.startswith("GiB of a rank"))
         assert line.endswith(expected)

@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from train_vlm.scenes import KINDS, caption, draw, make_scene, questions
-from train_vlm.scenes.balance import GQA_SHARES, SHARES, TRAIN_SHARES, VIZWIZ_SHARES, Balance
+from train_vlm.scenes.balance import GQA_SHARES, LATE_TRAIN_SHARES, SHARES, TRAIN_SHARES, VIZWIZ_SHARES, Balance
 from train_vlm.scenes.candidates import candidates
 from train_vlm.scenes.captions import PLACES, caption_by_color, place_of
 from train_vlm.scenes.drawing import INK_RGB, RGB
@@ -27,10 +27,18 @@ def scenes():
 
 @pytest.fixture(scope="module", params=["usual", "train", "gqa", "vizwiz"])
 def asked(request, scenes):
-    """(shares, [(scene, question)]) of 600 pictures."""
-    shares, count = {"usual": (SHARES, 8), "train": (TRAIN_SHARES, 8), "gqa": (GQA_SHARES, 5), "vizwiz": (VIZWIZ_SHARES, 2)}[request.param]
-    balance = Balance(shares)
-    return shares, [(scene, question) for scene in scenes for question in questions(scene, random.Random(scene.seed), count, balance)]
+    """(kinds, [(scene, question)]) of 600 pictures; in training every other one has the shares of the second half."""
+    sets = {
+        "usual": ((SHARES,), 8),
+        "train": ((TRAIN_SHARES, LATE_TRAIN_SHARES), 8),
+        "gqa": ((GQA_SHARES,), 5),
+        "vizwiz": ((VIZWIZ_SHARES,), 2),
+    }
+    shares, count = sets[request.param]
+    balances = [first := Balance(shares[0]), *(Balance(each, first) for each in shares[1:])]
+    turns = ((scene, balances[index % len(balances)]) for index, scene in enumerate(scenes))
+    pairs = [(scene, question) for scene, balance in turns for question in questions(scene, random.Random(scene.seed), count, balance)]
+    return {kind for each in shares for kind in each}, pairs
 
 
 def test_a_seed_gives_one_scene_picture_and_set_of_questions():
@@ -201,19 +209,31 @@ def test_every_answer_is_what_brute_force_finds(asked):
 
 
 def test_every_kind_has_between_five_and_fifteen_percent(asked):
-    shares, pairs = asked
+    expected, pairs = asked
     kinds = Counter(question.kind for _, question in pairs)
-    assert set(kinds) == set(shares) <= set(KINDS)
+    assert set(kinds) == expected <= set(KINDS)
     for kind, count in kinds.items():
         assert 0.05 <= count / len(pairs) <= 0.15, kind
 
 
+def test_what_hangs_on_two_things_comes_in_the_second_half_of_a_training():
+    """A first half without logic; a second one with twice as much of it and of comparison as any one turn of eight would give."""
+    assert "logic" not in TRAIN_SHARES
+    for shares, least in ((TRAIN_SHARES, 0.0), (LATE_TRAIN_SHARES, 0.15)):
+        balance, kinds = Balance(shares), Counter()
+        for seed in SEEDS[:200]:
+            kinds.update(question.kind for question in questions(make_scene(seed), random.Random(seed), 8, balance))
+        assert kinds["logic"] / kinds.total() >= least and bool(kinds["logic"]) == bool(least)
+
+
 def test_easy_questions_hang_on_one_thing_and_only_training_has_them(scenes):
-    """Of two shapes named with "and" both or neither are there, with "more" or "but no" one is; both answers come up."""
-    assert "easy" in TRAIN_SHARES and not {"easy"} & (SHARES.keys() | GQA_SHARES.keys() | VIZWIZ_SHARES.keys())
+    """Of two named with "and" both or neither are there, with "more" or "but no" one is; both answers come up."""
+    assert "easy" in TRAIN_SHARES and "easy_two" in LATE_TRAIN_SHARES
+    assert not {"easy", "easy_two"} & (SHARES.keys() | GQA_SHARES.keys() | VIZWIZ_SHARES.keys())
     answers = defaultdict(set)
     for scene in scenes[:200]:
-        for asked in candidates(SceneView(scene), "easy"):
+        view = SceneView(scene)
+        for asked in [*candidates(view, "easy"), *candidates(view, "easy_two")]:
             found = [bool(described(scene, str(ref))) for ref in (asked.a, asked.b) if ref]
             if asked.form == "and":
                 assert found[0] == found[1] == (asked.answer == "yes")
@@ -222,7 +242,7 @@ def test_easy_questions_hang_on_one_thing_and_only_training_has_them(scenes):
             else:
                 assert asked.form == "exist" and found == [asked.answer == "yes"]
             answers[asked.form, asked.pattern].add(asked.answer)
-    assert len(answers) == 6 and all(seen == {"yes", "no"} for seen in answers.values())
+    assert len(answers) == 8 and all(seen == {"yes", "no"} for seen in answers.values())
 
 
 def test_answers_are_level_within_a_kind_of_wording(asked):

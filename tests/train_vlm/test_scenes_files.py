@@ -91,7 +91,10 @@ def test_tiles_of_every_set_come_in_the_promised_shares(folder):
 
 
 def test_llava_files_ask_eight_questions_a_picture_in_the_two_prompt_forms(folder):
-    rows, captions, kinds = (read(folder, f"train/{name}.json") for name in ("questions", "captions", "kinds"))
+    early, late, captions, kinds = (read(folder, f"train/{name}.json") for name in ("questions", "late_questions", "captions", "kinds"))
+    assert [int(row["id"]) % 2 for row in early] == [1] * len(early) and [int(row["id"]) % 2 for row in late] == [0] * len(late)
+    assert not any("logic" in kinds[row["id"]] for row in early) and sum("logic" in kinds[row["id"]] for row in late) > 0.9 * len(late)
+    rows = sorted(early + late, key=lambda row: row["id"])
     short = "\nAnswer the question using a single word or phrase."
     vizwiz = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + short
     forms = Counter()

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from train_vlm.scenes.balance import GQA_SHARES, SHARES, TRAIN_SHARES, TRAIN_VIZWIZ_SHARES, VIZWIZ_SHARES, Balance
+from train_vlm.scenes.balance import GQA_SHARES, LATE_TRAIN_SHARES, SHARES, TRAIN_SHARES, VIZWIZ_SHARES, Balance, as_vizwiz
 from train_vlm.scenes.drawing import draw, encode
 from train_vlm.scenes.layout import plan_size, size_group
 from train_vlm.scenes.questions import Question, questions
@@ -35,16 +35,16 @@ class PictureSet:
     first_number: int
     questions_per_picture: int
     shares: dict[str, float]
-    vizwiz_share: float  # of pictures whose questions follow `vizwiz_shares` and, in training, have VizWiz' prompt
+    vizwiz_share: float  # of pictures whose questions follow `as_vizwiz` of the shares and have VizWiz' prompt
     chunk_pictures: int
-    vizwiz_shares: dict[str, float] = field(default_factory=dict)
+    late_shares: dict[str, float] = field(default_factory=dict)  # where given: of every other picture, for the second half of a training
 
 
 SETS = {
     "heldout/vqav2": PictureSet("heldout/vqav2", "heldout/vqav2/val2014/COCO_val2014_%012d.jpg", 900_001, 5, SHARES, 0.0, 1024),
     "heldout/gqa": PictureSet("heldout/gqa", "heldout/gqa/images/%d.jpg", 2_400_001, 5, GQA_SHARES, 0.0, 1024),
     "heldout/vizwiz": PictureSet("heldout/vizwiz", "heldout/vizwiz/val/VizWiz_val_%08d.jpg", 0, 1, VIZWIZ_SHARES, 0.0, 1024),
-    "train": PictureSet("train", "train/images/%012d.jpg", 1, 8, TRAIN_SHARES, 1 / 3, 256, TRAIN_VIZWIZ_SHARES),
+    "train": PictureSet("train", "train/images/%012d.jpg", 1, 8, TRAIN_SHARES, 1 / 3, 256, LATE_TRAIN_SHARES),
 }
 
 
@@ -57,6 +57,7 @@ class Picture:
     seed: int
     sha256: str
     is_vizwiz: bool
+    is_late: bool
     questions: tuple[Question, ...]
     scene: Scene
 
@@ -76,7 +77,10 @@ def build_chunk(chunk: Chunk) -> tuple[list[tuple[Picture, bytes]], float]:
     """Draw the pictures of a chunk and ask about them: each with its JPEG file, and the processor seconds of it all."""
     began = time.process_time()
     plan = SETS[chunk.set_name]
-    balances = {False: Balance(plan.shares)} | ({True: Balance(plan.vizwiz_shares)} if plan.vizwiz_shares else {})
+    balances = {(False, False): Balance(plan.shares), (False, True): Balance(as_vizwiz(plan.shares))}
+    if plan.late_shares:
+        late = {False: plan.late_shares, True: as_vizwiz(plan.late_shares)}
+        balances |= {(True, is_vizwiz): Balance(shares, balances[False, is_vizwiz]) for is_vizwiz, shares in late.items()}
     pictures = []
     for index in range(chunk.start, chunk.stop):
         seed = picture_seed(chunk.seed, chunk.set_name, index, chunk.attempts.get(index, 0))
@@ -84,10 +88,11 @@ def build_chunk(chunk: Chunk) -> tuple[list[tuple[Picture, bytes]], float]:
         scene = make_scene(seed)
         data = encode(draw(scene))
         is_vizwiz = rng.random() < plan.vizwiz_share
-        asked = questions(scene, rng, plan.questions_per_picture, balances[is_vizwiz])
+        is_late = bool(plan.late_shares) and index % 2 == 1
+        asked = questions(scene, rng, plan.questions_per_picture, balances[is_late, is_vizwiz])
         number = plan.first_number + index
         path = plan.image_path % number
-        pictures.append((Picture(number, path, seed, hashlib.sha256(data).hexdigest(), is_vizwiz, tuple(asked), scene), data))
+        pictures.append((Picture(number, path, seed, hashlib.sha256(data).hexdigest(), is_vizwiz, is_late, tuple(asked), scene), data))
     return pictures, time.process_time() - began
 
 

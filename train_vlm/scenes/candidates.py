@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import permutations
 
 from train_vlm.scenes.captions import PLACES, place_of
-from train_vlm.scenes.easy_candidates import easy_candidates
+from train_vlm.scenes.easy_candidates import easy_candidates, easy_two_candidates
 from train_vlm.scenes.forms import UNANSWERABLE, Ref
 from train_vlm.scenes.scene import COLORS, SHAPES, SIZES
 from train_vlm.scenes.scene_view import Candidate, SceneView
@@ -218,6 +218,7 @@ def _unprinted(view: SceneView) -> list[Candidate]:
 CANDIDATES = {
     "presence": _presence,
     "easy": easy_candidates,
+    "easy_two": easy_two_candidates,
     "color": _color,
     "shape": _shape,
     "size": _size,

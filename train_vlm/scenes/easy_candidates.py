@@ -12,12 +12,11 @@ from train_vlm.scenes.forms import Ref
 from train_vlm.scenes.scene import COLORS, SHAPES
 from train_vlm.scenes.scene_view import Candidate, SceneView
 
-__all__ = ["easy_candidates"]
+__all__ = ["easy_candidates", "easy_two_candidates"]
 
 
 def easy_candidates(view: SceneView) -> list[Candidate]:
-    """Is there a shape, a colour, a pair of which half is nowhere; two shapes of which both or neither are there; a shape that is there but
-    not, or more often than, one that is not, and the other way round."""
+    """Is there a shape, a colour, a pair of which half is nowhere."""
     found = []
     for pattern, refs in (("shape", [Ref(shape) for shape in SHAPES]), ("color", [Ref(None, color) for color in COLORS])):
         for ref in refs:
@@ -28,17 +27,33 @@ def easy_candidates(view: SceneView) -> list[Candidate]:
         found.append(_exists("yes", "half", ref, view.looks(ref)))
     for ref in (Ref(shape, color) for color, shape in view.half_absent):
         found.append(_exists("no", "half", ref, (("exist", ref),)))
-    present, absent = [Ref(shape) for shape in view.shapes], view.absent("shape")
-    for answer, refs in (("yes", present), ("no", absent)):
-        for a, b in permutations(refs, 2):
-            found.append(Candidate("easy", "and", answer, "alike", a, b, topics=(("logic", "and"),)))
-    for here in present:
-        for gone in absent:
-            topics = {"more": (("more", frozenset((here.shape, gone.shape))),), "but_no": (("logic", "but_no"),)}
-            for form, topic in topics.items():
-                found.append(Candidate("easy", form, "yes", "alone", here, gone, topics=topic))
-                found.append(Candidate("easy", form, "no", "alone", gone, here, topics=topic))
     return found
+
+
+def easy_two_candidates(view: SceneView) -> list[Candidate]:
+    """Two of which both or neither are there; one that is there but not, or more often than, one that is not, and the other way round. Of
+    shapes, and with "and" and "but no" also of pairs of colour and shape."""
+    kind, found = "easy_two", []
+    for pattern in ("shape", "pair"):
+        present = [Ref(shape) for shape in view.shapes] if pattern == "shape" else [Ref(shape, color) for color, shape in view.pairs]
+        absent = view.absent(pattern)[:6]
+        for answer, refs in (("yes", present), ("no", absent)):
+            for a, b in permutations(refs, 2):
+                found.append(Candidate(kind, "and", answer, f"{pattern}, alike", a, b, topics=(("logic", "and"), *_looks(view, a, b))))
+        for here in present:
+            for gone in absent:
+                topics = {"but_no": (("logic", "but_no"), *_looks(view, here))}
+                if pattern == "shape":
+                    topics["more"] = (("more", frozenset((here.shape, gone.shape))),)
+                for form, topic in topics.items():
+                    found.append(Candidate(kind, form, "yes", f"{pattern}, alone", here, gone, topics=topic))
+                    found.append(Candidate(kind, form, "no", f"{pattern}, alone", gone, here, topics=topic))
+    return found
+
+
+def _looks(view: SceneView, *refs: Ref) -> tuple:
+    """What a description by colour and shape gives away; a shape alone gives nothing."""
+    return tuple(look for ref in refs if ref.color for look in view.looks(ref))
 
 
 def _exists(answer: str, pattern: str, ref: Ref, topics: tuple) -> Candidate:

@@ -11,6 +11,7 @@ __all__ = ["KINDS", "UNANSWERABLE", "WORDINGS", "Ref", "article", "plural", "say
 KINDS = (
     "presence",
     "easy",
+    "easy_two",
     "color",
     "shape",
     "size",
@@ -23,7 +24,7 @@ KINDS = (
     "region",
     "unanswerable",
     "unprinted",
-)  # easy: in training only (easy_candidates.py); unanswerable: no such object; unprinted: no such number or word
+)  # easy, easy_two: in training only (easy_candidates.py); unanswerable: no such object; unprinted: no such number or word
 UNANSWERABLE = "unanswerable"
 
 

@@ -1,4 +1,4 @@
-"""Training files in LLaVA's JSON: one list of conversations of captions, one of questions.
+"""Training files in LLaVA's JSON: one list of conversations of captions, two of questions, for the first and the second half of a training.
 
 The prompts are those the evaluators use: VQAv2's and GQA's short-answer line, and for a third of the pictures VizWiz' form, which allows
 for "unanswerable" in so many words.
@@ -18,9 +18,9 @@ VIZWIZ_SHORT_ANSWER = f"When the provided information is insufficient, respond w
 
 
 def llava_files(pictures: list[Picture]) -> dict[str, str]:
-    """{file name: content} of captions.json, questions.json and kinds.json ({id: kinds of its questions, in order}).
+    """{file name: content} of captions.json, questions.json, late_questions.json and kinds.json ({id: kinds of its questions, in order}).
     `image` is relative to the folder of these files."""
-    captions, conversations, kinds = [], [], {}
+    captions, conversations, late, kinds = [], [], [], {}
     for picture in pictures:
         identity = f"{picture.number:012d}"
         head = {"id": identity, "image": picture.path.removeprefix("train/")}
@@ -29,9 +29,9 @@ def llava_files(pictures: list[Picture]) -> dict[str, str]:
         captions.append({**head, "conversations": _turns([described])})
         line = VIZWIZ_SHORT_ANSWER if picture.is_vizwiz else SHORT_ANSWER
         asked = [(f"{question.text}\n{line}", question.answer) for question in picture.questions]
-        conversations.append({**head, "conversations": _turns(asked)})
+        (late if picture.is_late else conversations).append({**head, "conversations": _turns(asked)})
         kinds[identity] = [question.kind for question in picture.questions]
-    files = {"captions": captions, "questions": conversations, "kinds": kinds}
+    files = {"captions": captions, "questions": conversations, "late_questions": late, "kinds": kinds}
     return {f"{name}.json": json.dumps(content) for name, content in files.items()}
 
 
