@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .fresh_memory import fresh
+
 __all__ = ["GatedNorm"]
 
 BLOCK_ELEMENTS = 262144
@@ -39,7 +41,7 @@ class GatedNorm(torch.autograd.Function):
         ctx.save_for_backward(y, gate, weight)
         ctx.groups, ctx.epsilon = groups, epsilon
         dtype = torch.promote_types(y.dtype, torch.float32)
-        result = y.new_empty(y.shape, dtype=torch.promote_types(y.dtype, weight.dtype))
+        result = fresh(y, *y.shape, dtype=torch.promote_types(y.dtype, weight.dtype))
         for rows in _blocks(y):
             value = torch.nn.functional.silu(gate[rows].to(dtype)).mul_(y[rows])
             _normed(value, groups, epsilon)
@@ -52,7 +54,7 @@ class GatedNorm(torch.autograd.Function):
         y, gate, weight = ctx.saved_tensors
         dtype = torch.promote_types(y.dtype, torch.float32)
         wide = weight.to(dtype)
-        grad_y, grad_gate, grad_weight = y.new_empty(y.shape), gate.new_empty(gate.shape), torch.zeros_like(wide)
+        grad_y, grad_gate, grad_weight = fresh(y, *y.shape), fresh(gate, *gate.shape), torch.zeros_like(wide)
         for rows in _blocks(y):
             y_block, gate_block = y[rows].to(dtype), gate[rows].to(dtype)
             share = torch.sigmoid(gate_block)

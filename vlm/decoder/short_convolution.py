@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .fresh_memory import fresh
+
 __all__ = ["ShortConvolution"]
 
 BLOCK_ELEMENTS = 262144
@@ -83,7 +85,7 @@ class ShortConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.lengths, ctx.silu = lengths, silu
         convolution = _Taps(x, weight, bias, lengths)
-        y = x.new_empty(x.shape)
+        y = fresh(x, *x.shape)
         for start, stop, _, sums in convolution.blocks(convolution.buffer()):
             y[start:stop] = sums.mul_(torch.sigmoid(sums)) if silu else sums
         return y
@@ -94,7 +96,7 @@ class ShortConvolution(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         convolution = _Taps(x, weight, bias, ctx.lengths)
         taps, dtype = convolution.taps, convolution.dtype
-        grad_x = grad_y.new_empty(x.shape, dtype=dtype)
+        grad_x = fresh(grad_y, *x.shape, dtype=dtype)
         grad_taps, grad_bias = grad_x.new_zeros(len(taps), x.shape[1]), grad_x.new_zeros(x.shape[1])
         product = convolution.buffer()
         for start, stop, x_block, grad in convolution.blocks(convolution.buffer()):
