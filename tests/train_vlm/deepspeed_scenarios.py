@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from adapter_scenarios import LORA, adapters_and_offloading, stopped_by_the_ledger
+from cut_short import train_until
 from PIL import Image
 from poison import Poison
 
@@ -125,10 +126,6 @@ class Bench:
         return result
 
 
-class Killed(BaseException):
-    """Stands for kill -9 where the process has to live on: nothing between it and the last checkpoint may be saved."""
-
-
 def read_log(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out.with_name(out.name + ".log") / "log.jsonl").read_text().splitlines()]
 
@@ -158,21 +155,7 @@ def cut_and_whole(bench: Bench, folder: Path, shards: str, model: str, **setting
 
 def cut_in_step(bench: Bench, recipe: Recipe, step: int) -> list[str]:
     """Start a run and stop it in a step; rank 0 gets the names of the checkpoints that are left."""
-    real, calls = training_loop.train_step, []
-
-    def stopped(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == step:
-            raise Killed
-        return real(*arguments, **keywords)
-
-    training_loop.train_step = stopped
-    try:
-        train(recipe)
-    except Killed:
-        pass
-    finally:
-        training_loop.train_step = real
+    train_until(recipe, step)
     left = sorted(path.name for path in Path(f"{recipe.out}.checkpoints").iterdir()) if bench.rank == 0 else []
     torch.distributed.barrier()
     return left

@@ -13,19 +13,20 @@ os.environ.update({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRANSFORMER
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from cut_short import train_until
 
 import train_vlm.trainer as training_loop
 from train_vlm.fp8_section import Fp8
-from train_vlm.recipe import Data, Parts, Recipe, Run, Source
+from train_vlm.recipe import Data, Lora, Parts, Recipe, Run, Source
 from train_vlm.trainer import train
 
 
-def recipe_of(folder: Path, name: str, **run) -> Recipe:
+def recipe_of(folder: Path, name: str, lora: Lora | None = None, **run) -> Recipe:
     settings = {"steps": 4, "log_every": 1, "threads_per_rank": 1, "save_every_steps": 2, "save_every_minutes": None}
     return Recipe(
         stage="sft", model=str(folder / "model"), out=str(folder / name), parts=Parts(projector=1e-3, language_model=1e-3),
         data=Data(sources=(Source(str(folder / "shards")),), batch_samples=4, workers=0), run=Run(**settings | run),
-        fp8=Fp8(enabled=True, guard_every=2),
+        fp8=Fp8(enabled=True, guard_every=2), lora=lora,
     )  # fmt: skip
 
 
@@ -50,26 +51,8 @@ def watched(recipe: Recipe) -> dict:
     return {"same_parameters": same, "put_back": run.fp8.put_back, "put_back_everywhere": all(one == everywhere[0] for one in everywhere)}
 
 
-class Killed(BaseException):
-    """Stands for kill -9 where the process has to live on."""
-
-
 def stopped_and_started_again(recipe: Recipe) -> None:
-    real, calls = training_loop.train_step, []
-
-    def stopped(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return real(*arguments, **keywords)
-
-    training_loop.train_step = stopped
-    try:
-        train(recipe)
-    except Killed:
-        pass
-    finally:
-        training_loop.train_step = real
+    train_until(recipe, 4)
     torch.distributed.barrier()
     train(recipe)
 
@@ -79,6 +62,7 @@ def main(folder: Path) -> None:
     results = {
         "zero3": watched(recipe_of(folder, "zero3", zero_stage=3)),
         "bfloat16": watched(recipe_of(folder, "bfloat16", zero_stage=1, precision="bfloat16", activation_checkpointing=True)),
+        "lora": watched(recipe_of(folder, "lora", lora=Lora(rank=4, merge=False), zero_stage=1, precision="bfloat16")),
     }
     stopped_and_started_again(recipe_of(folder, "cut", zero_stage=3))
     if torch.distributed.get_rank() == 0:

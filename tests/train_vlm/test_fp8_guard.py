@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers.models.nemotron_h import NemotronHForCausalLM
 
 import train_vlm.fp8_guard as guards
@@ -244,6 +245,24 @@ def test_under_zero_the_bad_layer_goes_back_and_parameters_stay(runs, name):
     after, before = (load_model(folder / which)[0].language_model for which in (name, "model"))
     for layer in (BAD, "model.layers.1.mixer.v_proj"):  # one that went back, one that did not
         assert not torch.equal(after.get_parameter(f"{layer}.weight"), before.get_parameter(f"{layer}.weight"))
+
+
+def test_adapters_train_beside_frozen_layers_in_fp8(runs):
+    """LoRA with FP8: layers under adapters multiply in FP8 and do not move, the adapters do, and the guard still sees a bad layer."""
+    results, folder = runs
+    found = results["lora"]
+    assert found["same_parameters"] and found["put_back"] == [f"{BAD}.base_layer"] and found["put_back_everywhere"]
+    steps, events = read_log(folder, "lora")
+    assert len(steps) == 4 and len({line["loss"] for line in steps}) > 1
+    figures = events[0]["db"]["model.layers.1.mixer.v_proj.base_layer"]
+    assert figures["output"] > 20 and figures["gradient of its weights"] is None  # frozen: none is made
+    after, before = (load_model(folder / which)[0].language_model.state_dict() for which in ("lora", "model"))
+    assert all(
+        torch.equal(after[name].float(), before[name].to(torch.bfloat16).float()) for name in before if name.endswith("_proj.weight")
+    )
+    adapters = load_file(folder / "lora.adapter" / "adapter_model.safetensors")
+    moved = [name for name, tensor in adapters.items() if "lora_B" in name and tensor.abs().max() > 0]  # they begin at zero
+    assert len(moved) == sum("lora_B" in name for name in adapters) > 0
 
 
 def test_stages_and_precisions_measure_and_train_alike(runs):
