@@ -41,12 +41,14 @@ ENCODER = ("--vision-encoder", "timm:resnet10t", "--vision-setting", "image_size
 
 @dataclass(frozen=True)
 class Step:
-    """name; commands, run side by side; makes: what must exist afterwards; needs: earlier steps whose receipts this one depends on."""
+    """name; commands, run side by side; makes: what must exist afterwards; needs: earlier steps whose receipts this one depends on.
+    goes_on_from: folders in which a stopped run of the same command finds what it had; those of another command are removed."""
 
     name: str
     commands: tuple[tuple[str, ...], ...]
     makes: tuple[Path, ...]
     needs: tuple[str, ...] = ()
+    goes_on_from: tuple[Path, ...] = ()
 
 
 def _launch(ranks: int, program: str, recipe: str, overrides: dict) -> tuple[str, ...]:
@@ -112,7 +114,8 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
         overrides |= {f"data.sources.{number}.shards": str(shards / source) for number, source in enumerate(sources)}
         command = _launch(ranks, program, f"quickstart_{stage}.yaml", overrides)
         needs = ("shards", "assemble") if before == "assembled" else ("shards", steps[-1].name)
-        steps.append(Step(f"train: {stage}", (command,), (models[stage] / "config.json",), needs))
+        remains = tuple(models[stage].with_name(models[stage].name + ending) for ending in ("", ".log", ".checkpoints"))
+        steps.append(Step(f"train: {stage}", (command,), (models[stage] / "config.json",), needs, remains))
         before = stage
     for task in TASKS:
         runs = tuple(
@@ -185,7 +188,8 @@ def _environment(side_by_side: int) -> dict:
 
 
 def _fingerprint(step: Step, receipts: dict[str, dict]) -> str:
-    known = [[list(command) for command in step.commands], [receipts[name]["fingerprint"] for name in step.needs]]
+    recipes = {part: Path(part).read_text(encoding="utf-8") for command in step.commands for part in command if part.endswith(".yaml")}
+    known = [[list(command) for command in step.commands], recipes, [receipts[name]["fingerprint"] for name in step.needs]]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
@@ -206,6 +210,11 @@ def run_steps(steps: list[Step], out: Path) -> dict[str, dict]:
                 continue
             file.unlink()
         print(f"[{number}/{len(steps)}] {step.name}", flush=True)
+        begun = file.with_suffix(".begun")
+        if step.goes_on_from and not (begun.is_file() and begun.read_text(encoding="utf-8") == fingerprint):
+            for folder in step.goes_on_from:
+                shutil.rmtree(folder, ignore_errors=True)
+            write_whole(begun, fingerprint)
         started, memory = time.monotonic(), _PeakMemory()
         memory.start()
         side_by_side = len(step.commands) if not step.name.startswith(("train", "scenes")) else 2

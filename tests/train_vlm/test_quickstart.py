@@ -26,6 +26,32 @@ def test_finished_steps_are_reused_and_a_changed_command_runs_again_with_what_ne
     assert (first.read_text(), second.read_text()) == ("ac", "bb")
 
 
+def test_a_stopped_step_goes_on_and_one_of_another_command_or_recipe_starts_anew(tmp_path):
+    """A trainer refuses checkpoints of another recipe: `make quickstart MINUTES=45` behind one of 15 minutes ended there."""
+    left, recipe = tmp_path / "model.checkpoints", tmp_path / "recipe.yaml"
+    recipe.write_text("steps: 1")
+    done = tmp_path / "done"
+
+    def step(code: str) -> Step:
+        return Step("train", ((sys.executable, "-c", code, str(recipe)),), (done,), goes_on_from=(left,))
+
+    stopped = (
+        f"import pathlib, sys; pathlib.Path({str(left)!r}).mkdir(exist_ok=True); pathlib.Path({str(left)!r}, 'a').touch(); sys.exit(9)"
+    )
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="exit code 9"):
+            run_steps([step(stopped)], tmp_path)
+    assert (left / "a").exists()
+    (left / "b").touch()
+    with pytest.raises(RuntimeError, match="exit code 9"):
+        run_steps([step(stopped)], tmp_path)
+    assert (left / "b").exists()  # the same command goes on
+    recipe.write_text("steps: 2")
+    with pytest.raises(RuntimeError, match="exit code 9"):
+        run_steps([step(stopped)], tmp_path)
+    assert (left / "a").exists() and not (left / "b").exists()
+
+
 def test_a_step_whose_result_is_gone_runs_again(tmp_path):
     steps = [write_step("one", tmp_path / "first", "a")]
     run_steps(steps, tmp_path)
