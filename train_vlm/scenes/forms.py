@@ -45,7 +45,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "is_color": ("Is the {a} {c}?",),
     "color": ("What color is the {a}?", "What is the color of the {a}?"),
     "shape": ("What shape is the {a}?", "What is the shape of the {a}?"),
-    "size": ("Is the {a} small or large?", "What size is the {a}?"),
+    "size": ("Is the {a} small or large?", "What size is the {a}?", "What is the size of the {a}?"),
     "count": ("How many {AS} are there?", "How many {AS} can you see?"),
     "count_all": ("How many shapes are there?", "How many shapes can you see?"),
     "left_right": ("Is the {a} left or right of the {b}?", "Where is the {a}, left or right of the {b}?"),
