@@ -107,7 +107,7 @@ def test_threads_never_share_a_piece():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(fresh_memory.IDLE.pieces) <= 4
+    assert not wrong and len(fresh_memory.IDLE.pieces) <= 8  # each thread has one in hand while it asks for the next
 
 
 def test_small_tensors_other_devices_and_traced_ones_are_left_alone(monkeypatch):

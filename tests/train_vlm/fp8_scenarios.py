@@ -1,6 +1,6 @@
 """FP8 runs on two ranks in one pair of processes: started by test_fp8_guard.py, writes what it saw as JSON.
 
-python -m torch.distributed.run --nproc_per_node 2 fp8_scenarios.py FOLDER        (with FOLDER/model and FOLDER/shards)
+python -m torch.distributed.run --nproc_per_node 2 fp8_scenarios.py FOLDER        (with FOLDER/model, FOLDER/sound and FOLDER/shards)
 """
 
 import json
@@ -21,10 +21,10 @@ from train_vlm.recipe import Data, Lora, Parts, Recipe, Run, Source
 from train_vlm.trainer import train
 
 
-def recipe_of(folder: Path, name: str, lora: Lora | None = None, **run) -> Recipe:
+def recipe_of(folder: Path, name: str, model: str = "model", lora: Lora | None = None, **run) -> Recipe:
     settings = {"steps": 4, "log_every": 1, "threads_per_rank": 1, "save_every_steps": 2, "save_every_minutes": None}
     return Recipe(
-        stage="sft", model=str(folder / "model"), out=str(folder / name), parts=Parts(projector=1e-3, language_model=1e-3),
+        stage="sft", model=str(folder / model), out=str(folder / name), parts=Parts(projector=1e-3, language_model=1e-3),
         data=Data(sources=(Source(str(folder / "shards")),), batch_samples=4, workers=0), run=Run(**settings | run),
         fp8=Fp8(enabled=True, guard_every=2), lora=lora,
     )  # fmt: skip
@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
     results = {
         "zero3": watched(recipe_of(folder, "zero3", zero_stage=3)),
         "bfloat16": watched(recipe_of(folder, "bfloat16", zero_stage=1, precision="bfloat16", activation_checkpointing=True)),
-        "lora": watched(recipe_of(folder, "lora", lora=Lora(rank=4, merge=False), zero_stage=1, precision="bfloat16")),
+        "lora": watched(recipe_of(folder, "lora", "sound", Lora(rank=4, merge=False), zero_stage=1, precision="bfloat16")),
     }
     stopped_and_started_again(recipe_of(folder, "cut", zero_stage=3))
     if torch.distributed.get_rank() == 0:

@@ -209,6 +209,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8")
     model, processor = assemble("tiny", vision_settings={"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1,
                                                          "intermediate_size": 64, "num_attention_heads": 2}, seed=0)  # fmt: skip
+    save_model(model, processor, folder / "sound")
     with torch.no_grad():
         spoil_column(dict(model.language_model.named_parameters()))
     save_model(model, processor, folder / "model")
@@ -248,15 +249,15 @@ def test_under_zero_the_bad_layer_goes_back_and_parameters_stay(runs, name):
 
 
 def test_adapters_train_beside_frozen_layers_in_fp8(runs):
-    """LoRA with FP8: layers under adapters multiply in FP8 and do not move, the adapters do, and the guard still sees a bad layer."""
+    """LoRA with FP8: layers under adapters multiply in FP8 and do not move, the adapters do, and the guard measures what there is."""
     results, folder = runs
     found = results["lora"]
-    assert found["same_parameters"] and found["put_back"] == [f"{BAD}.base_layer"] and found["put_back_everywhere"]
+    assert found["same_parameters"] and not found["put_back"]
     steps, events = read_log(folder, "lora")
     assert len(steps) == 4 and len({line["loss"] for line in steps}) > 1
     figures = events[0]["db"]["model.layers.1.mixer.v_proj.base_layer"]
     assert figures["output"] > 20 and figures["gradient of its weights"] is None  # frozen: none is made
-    after, before = (load_model(folder / which)[0].language_model.state_dict() for which in ("lora", "model"))
+    after, before = (load_model(folder / which)[0].language_model.state_dict() for which in ("lora", "sound"))
     assert all(
         torch.equal(after[name].float(), before[name].to(torch.bfloat16).float()) for name in before if name.endswith("_proj.weight")
     )
