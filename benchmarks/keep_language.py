@@ -103,9 +103,8 @@ def run(folder: Path, name: str, start: str, weights: dict[str, int], steps: int
     log = folder / f"{name}.log"
     lines = [json.loads(line) for line in (log / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((log / "summary.json").read_text(encoding="utf-8"))
-    losses = [line["heldout_loss"] for line in lines if line.get("heldout_loss") is not None]
     return {
-        "before": summary["text_perplexity_before"], "after": summary["text_perplexity"], "heldout_loss": losses[-1],
+        "before": summary["text_perplexity_before"], "after": summary["text_perplexity"], "heldout_loss": summary["heldout_loss"],
         "seconds": summary["seconds"], "curve": [(line["step"], line["smooth_loss"]) for line in lines if "smooth_loss" in line],
     }  # fmt: skip
 
