@@ -2,6 +2,8 @@
 PYTHON ?= python3
 MINUTES ?= 15
 MODEL ?= runs/quickstart/model
+# What the quickstart's model was trained to answer in one word by; a model of your own may want INSTRUCTION= .
+INSTRUCTION ?= Answer the question using a single word or phrase.
 EXAMPLES ?= runs/quickstart/scenes/heldout/vizwiz/val
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -23,7 +25,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 
 demo: $(STAMP)
-	$(BIN)/python demo/app.py --model $(MODEL) $(if $(wildcard $(EXAMPLES)),--examples $(EXAMPLES))
+	$(BIN)/python demo/app.py --model $(MODEL) --instruction "$(INSTRUCTION)" $(if $(wildcard $(EXAMPLES)),--examples $(EXAMPLES))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -63,6 +63,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes any free one (default: %(default)s)")
     parser.add_argument("--examples", type=Path, metavar="DIR", help="folder of pictures to offer on the page")
+    parser.add_argument(
+        "--instruction", default="", metavar="TEXT", help="a line to add under every question, as the model was trained with"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--on-drift", choices=("refuse", "warn", "ignore"), default="refuse",
                         help="when pictures, ids or logits are not those of the model's golden pack (default: %(default)s)")  # fmt: skip
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(engine.golden_note, flush=True)
             # Room for the longest answer; a prompt beyond it loses tiles first, then it is refused.
             engine.max_tokens = max(engine.model.config.text_config.max_position_embeddings - MOST_NEW_TOKENS, 1)
-            serve(*build_page(engine, args.model.resolve().name, examples), listener, args.host)
+            serve(*build_page(engine, args.model.resolve().name, examples, args.instruction), listener, args.host)
     except (ValueError, OSError, ImportError) as error:
         print(f"demo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -22,12 +22,19 @@ __all__ = ["Step", "Turn", "ask", "to_messages"]
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, the pictures that came with it (paths), its answer so far, and why there is none."""
+    """A question, the pictures that came with it (paths), its answer so far, and why there is none. instruction: a line that the model
+    reads under the question, such as the one it was trained with for short answers; the page does not repeat it."""
 
     question: str
     pictures: tuple[str, ...] = ()
     answer: str = ""
     error: str | None = None
+    instruction: str = ""
+
+    @property
+    def told(self) -> str:
+        """What the model reads."""
+        return f"{self.question}\n{self.instruction}" if self.instruction else self.question
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def to_messages(turns: Sequence[Turn], opened: dict[str, Image.Image] | None = N
         if turn.error and not is_last:
             continue
         content = [{"type": "image", "image": opened.get(path, path)} for path in turn.pictures]
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.told}]})
         if not is_last:
             messages.append({"role": "assistant", "content": turn.answer})
     return messages
@@ -71,9 +78,11 @@ def _one_line(error: Exception, paths: Sequence[str]) -> str:
 
 
 def ask(
-    engine, turns: Sequence[Turn], question: str, pictures: Sequence[str] = (), *, max_new_tokens: int = 128, temperature: float = 0.0
-) -> Iterator[Step]:
-    """Ask once more, with new pictures or about the ones shown before; yields the conversation as it grows, at least twice.
+    engine, turns: Sequence[Turn], question: str, pictures: Sequence[str] = (), *, max_new_tokens: int = 128, temperature: float = 0.0,
+    instruction: str = "",
+) -> Iterator[Step]:  # fmt: skip
+    """Ask once more, with new pictures or about the ones shown before; `instruction` is a line under the question. Yields the
+    conversation as it grows, at least twice.
 
     An error of the request (broken picture, prompt too long) ends in the new turn's `error`; nothing is raised for it. Closing the
     iterator stops the engine. Raises ValueError for a question without words.
@@ -82,7 +91,7 @@ def ask(
     if not question:
         raise ValueError("the question has no words; type what you want to know")
     started = time.monotonic()
-    past, turn = tuple(turns), Turn(question, tuple(str(path) for path in pictures))
+    past, turn = tuple(turns), Turn(question, tuple(str(path) for path in pictures), instruction=instruction.strip())
     paths = [path for each in (*past, turn) if each is turn or not each.error for path in each.pictures]
     step = Step((*past, turn))
     yield step

@@ -70,8 +70,9 @@ def _status(step: Step) -> str:
     return " ".join([words, *(f"{_plain(receipt)}." for receipt in step.receipts)])
 
 
-def build_page(engine, model_name: str, examples: list[str] = ()):
-    """The page as gr.Blocks, and what mounting it needs beside it (theme, css, allowed_paths). Raises ImportError without gradio."""
+def build_page(engine, model_name: str, examples: list[str] = (), instruction: str = ""):
+    """The page as gr.Blocks, and what mounting it needs beside it (theme, css, allowed_paths). instruction: what stands under every
+    question until a user changes it. Raises ImportError without gradio."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
 
@@ -83,14 +84,15 @@ def build_page(engine, model_name: str, examples: list[str] = ()):
     tokens = engine.processor.visual_tokens_per_tile
     facts = f"Tiles of {settings.tile_size} px, at most {settings.max_tiles} a picture, {tokens} visual tokens each."
 
-    def answer(box, turns, max_new_tokens, temperature):
+    def answer(box, turns, max_new_tokens, temperature, instruction=""):
         text, files = (box or {}).get("text", ""), (box or {}).get("files", [])
         if not text.strip():
             gr.Warning("Type a question about the picture, then send." if files else "Type a question, then send.")
             yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
             return
         busy = gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True)
-        for step in ask(engine, turns, text, files, max_new_tokens=int(max_new_tokens), temperature=temperature):
+        wishes = {"max_new_tokens": int(max_new_tokens), "temperature": temperature, "instruction": instruction or ""}
+        for step in ask(engine, turns, text, files, **wishes):
             if step.is_done:
                 busy = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
             tiles = gr.skip() if step.views is None else tiles_html(step.views) if step.views else NO_TILES
@@ -134,8 +136,9 @@ def build_page(engine, model_name: str, examples: list[str] = ()):
                 with gr.Accordion("Settings", open=False):
                     max_new_tokens = gr.Slider(1, MOST_NEW_TOKENS, value=128, step=1, label="Longest answer, tokens")
                     temperature = gr.Slider(0.0, 2.0, value=0.0, step=0.05, label="Temperature (0: no chance)")
+                    instruction = gr.Textbox(instruction, label="Added under every question", placeholder="nothing")
         asking = box.submit(
-            answer, [box, turns, max_new_tokens, temperature], [chatbot, turns, tiles, status, box],
+            answer, [box, turns, max_new_tokens, temperature, instruction], [chatbot, turns, tiles, status, box],
             concurrency_limit=1, show_progress="hidden", api_name="ask",
         )  # fmt: skip
         box.stop(stopped, turns, [chatbot, status, box], cancels=[asking], show_progress="hidden", api_visibility="private", queue=False)

@@ -40,6 +40,15 @@ def test_asking_again_tells_the_model_what_was_said_about_the_same_picture(pictu
     assert len(second.views) == 1 and len(second.turns) == 2
 
 
+def test_an_instruction_is_read_under_its_question_and_stays_there(picture):
+    """Without the line it was trained with a small model describes the picture instead of answering."""
+    engine = ScriptedEngine()
+    first = _last(ask(engine, (), "What colour?", [picture], instruction=" One word. "))
+    assert first.turns[0].question == "What colour?"
+    _last(ask(engine, first.turns, "Describe it."))
+    assert _texts(engine.requests[1]) == [("user", ["image", "What colour?\nOne word."]), ("assistant", "red"), ("user", ["Describe it."])]
+
+
 def test_text_alone_is_a_conversation_too():
     step = _last(ask(ScriptedEngine(), (), "Hello"))
     assert step.turns[-1].answer == "red" and step.views == () and step.visual_tokens == 0 and step.prompt_tokens > 0
