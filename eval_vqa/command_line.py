@@ -14,7 +14,7 @@ from eval_vqa.baselines import ceiling, fit_majority, majority_results
 from eval_vqa.json_files import file_sha256, read_json, write_json
 from eval_vqa.official_files import OfficialFiles
 from eval_vqa.official_records import name_ids
-from eval_vqa.ranks import start_ranks, this_rank
+from eval_vqa.ranks import start_ranks, tell, this_rank
 from eval_vqa.score_table import table
 from eval_vqa.scoring import ScoreOptions, kind_table, score_file, score_results, versions
 from eval_vqa.tasks import TASKS, read_questions
@@ -40,10 +40,10 @@ def main(task: str, argv: list[str] | None = None, *, load_engine=None) -> int:
             code = max(code, _score(task, args, args.out / "predictions.jsonl", args.out / "scores.json"))
         return code
     except (ValueError, OSError, ImportError) as error:
-        print(f"{task} {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"{task} {args.command}: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
-        print(f"{task} {args.command}: stopped; the same command goes on from here", file=sys.stderr)
+        tell(f"{task} {args.command}: stopped; the same command goes on from here")
         return 130
 
 
@@ -153,10 +153,9 @@ def _predict(task: str, args, load_engine) -> int:
     answered = sum(not row.get("problem") for row in outcome.rows)
     print(f"{answered} of {len(questions)} questions answered: {args.out / 'submission.json'}")
     if outcome.problems:
-        print(
+        tell(
             f"{task} {args.command}: {len(outcome.problems)} questions had a problem, the first: {outcome.problems[0]['problem']}; "
-            f"all are listed in {args.out / 'run.json'}",
-            file=sys.stderr,
+            f"all are listed in {args.out / 'run.json'}"
         )
     return 1 if outcome.problems else 0
 
@@ -177,7 +176,7 @@ def _score(task: str, args, predictions: Path, out: Path) -> int:
     print(f"\nwritten: {out}")
     for name, ids in (("without answer", record["missing_ids"]), ("that are not in this split", record["unknown_ids"])):
         if ids:
-            print(f"{task} {args.command}: questions {name}, {name_ids(ids)}; all are listed in {out}", file=sys.stderr)
+            tell(f"{task} {args.command}: questions {name}, {name_ids(ids)}; all are listed in {out}")
     return 1 if record["missing_ids"] or record["unknown_ids"] else 0
 
 
@@ -221,5 +220,5 @@ def _load_engine(args):
     device = this_rank().device(args.device)
     engine = Engine.from_pretrained(args.model, device=device, dtype=dtype, on_drift=args.on_drift, max_batch=args.batch, **more)
     if this_rank().is_first:
-        print(engine.golden_note, file=sys.stderr)
+        tell(engine.golden_note)
     return engine

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-__all__ = ["Rank", "start_ranks", "this_rank"]
+__all__ = ["Rank", "start_ranks", "tell", "this_rank"]
 
 PARENT = "NEMOTRON_H_VISION_EVAL_PARENT"  # process id of the one that started the ranks; they end when it is gone
 POLL_SECONDS = 0.05
@@ -43,6 +43,11 @@ class Rank:
         import torch
 
         return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else wanted
+
+
+def tell(line: str) -> None:
+    """`line` to standard error in one write: print() can make two of it, and another rank's line comes between."""
+    sys.stderr.write(line + "\n")
 
 
 def this_rank() -> Rank:

@@ -20,6 +20,11 @@ def _plain(value):
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
+def _tell(stage: str, what: object) -> None:
+    """A line to standard error in one write: print() can make two of it, and another rank's line comes between."""
+    sys.stderr.write(f"{stage}: {what}\n")
+
+
 def run_program(stage: str, description: str, arguments: list[str] | None = None) -> int:
     """Parse, check, train. Returns the exit code: 0, 2 for a wrong recipe or input, 3 for a run that failed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,14 +55,14 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
             return 2
         return 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"{stage}: {error}", file=sys.stderr)
+        _tell(stage, error)
         return 2
     except torch.distributed.DistError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"{stage}: the ranks cannot meet: {reason}; is the port in use? deepspeed --master_port N gives another", file=sys.stderr)
+        _tell(stage, f"the ranks cannot meet: {reason}; is the port in use? deepspeed --master_port N gives another")
         return 2
     except (FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"{stage}: {error}", file=sys.stderr)
+        _tell(stage, error)
         return 3
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

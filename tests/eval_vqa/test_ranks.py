@@ -1,5 +1,6 @@
 """Who is who among several processes, and starting them."""
 
+import io
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eval_vqa.ranks import PARENT, Rank, start_ranks, this_rank
+from eval_vqa.ranks import PARENT, Rank, start_ranks, tell, this_rank
 
 
 @pytest.fixture
@@ -82,3 +83,21 @@ def test_ctrl_c_ends_the_ranks_without_a_word_from_them(tmp_path):
     error = process.communicate(timeout=60)[1]
     assert process.returncode != 0
     assert error.count("KeyboardInterrupt") == error.count("Traceback") == 1
+
+
+def test_a_line_is_one_write_even_where_nothing_is_buffered(monkeypatch):
+    class Pipe(io.RawIOBase):
+        written = []
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            self.written.append(bytes(data))
+            return len(data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(Pipe(), write_through=True))
+    tell("vizwiz run: no such file")
+    assert Pipe.written == [b"vizwiz run: no such file\n"]
+    print("printed", file=sys.stderr)
+    assert Pipe.written[1:] == [b"printed", b"\n"]  # why it is not print()
