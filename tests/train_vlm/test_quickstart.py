@@ -6,8 +6,9 @@ import sys
 import pytest
 from PIL import Image
 
-from train_vlm.quickstart import Step, main, plan, run_steps
+from train_vlm.quickstart import main, plan
 from train_vlm.quickstart_report import TASK_NAMES, collect_scores, print_scores, write_report
+from train_vlm.quickstart_steps import Step, run_steps
 
 
 def write_step(name, path, text, needs=()):
