@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import permutations
 
 from train_vlm.scenes.captions import PLACES, place_of
-from train_vlm.scenes.easy_candidates import easy_candidates, easy_two_candidates
+from train_vlm.scenes.easy_candidates import MOST_ABSENT, easy_candidates, easy_two_candidates
 from train_vlm.scenes.forms import UNANSWERABLE, Ref
 from train_vlm.scenes.scene import COLORS, SHAPES, SIZES
 from train_vlm.scenes.scene_view import Candidate, SceneView
@@ -128,8 +128,7 @@ def _word(view: SceneView) -> list[Candidate]:
 def _logic(view: SceneView) -> list[Candidate]:
     found = []
     for pattern in ("shape", "pair"):
-        here = [Ref(s) for s in view.shapes] if pattern == "shape" else [Ref(s, c) for c, s in view.pairs]
-        gone = view.absent(pattern)[:6] if pattern == "pair" else view.absent(pattern)
+        here, gone = view.present(pattern), view.absent(pattern)[:MOST_ABSENT]
         for truth, ands in (
             ((True, True), permutations(here, 2)),
             ((True, False), ((a, b) for a in here for b in gone)),
@@ -142,8 +141,8 @@ def _logic(view: SceneView) -> list[Candidate]:
                     continue  # too easy a "no"
                 answer = "yes" if holds else "no"
                 for a, b in pairs:
-                    looks = (*view.looks(a), *view.looks(b)) if pattern == "pair" else ()
-                    found.append(Candidate("logic", form, answer, pattern, a, b, topics=(("logic", form), *looks)))
+                    topics = (("logic", form), *view.looks(a), *view.looks(b))
+                    found.append(Candidate("logic", form, answer, pattern, a, b, topics=topics))
     return found
 
 

@@ -12,7 +12,9 @@ from train_vlm.scenes.forms import Ref
 from train_vlm.scenes.scene import COLORS, SHAPES
 from train_vlm.scenes.scene_view import Candidate, SceneView
 
-__all__ = ["easy_candidates", "easy_two_candidates"]
+__all__ = ["MOST_ABSENT", "easy_candidates", "easy_two_candidates"]
+
+MOST_ABSENT = 6  # descriptions that fit nothing, of one kind: there are six shapes, and many more pairs
 
 
 def easy_candidates(view: SceneView) -> list[Candidate]:
@@ -35,25 +37,21 @@ def easy_two_candidates(view: SceneView) -> list[Candidate]:
     shapes, and with "and" and "but no" also of pairs of colour and shape."""
     kind, found = "easy_two", []
     for pattern in ("shape", "pair"):
-        present = [Ref(shape) for shape in view.shapes] if pattern == "shape" else [Ref(shape, color) for color, shape in view.pairs]
-        absent = view.absent(pattern)[:6]
+        present, absent = view.present(pattern), view.absent(pattern)[:MOST_ABSENT]
         for answer, refs in (("yes", present), ("no", absent)):
             for a, b in permutations(refs, 2):
-                found.append(Candidate(kind, "and", answer, f"{pattern}, alike", a, b, topics=(("logic", "and"), *_looks(view, a, b))))
+                found.append(
+                    Candidate(kind, "and", answer, f"{pattern}, alike", a, b, topics=(("logic", "and"), *view.looks(a), *view.looks(b)))
+                )
         for here in present:
             for gone in absent:
-                topics = {"but_no": (("logic", "but_no"), *_looks(view, here))}
+                topics = {"but_no": (("logic", "but_no"), *view.looks(here))}
                 if pattern == "shape":
                     topics["more"] = (("more", frozenset((here.shape, gone.shape))),)
                 for form, topic in topics.items():
                     found.append(Candidate(kind, form, "yes", f"{pattern}, alone", here, gone, topics=topic))
                     found.append(Candidate(kind, form, "no", f"{pattern}, alone", gone, here, topics=topic))
     return found
-
-
-def _looks(view: SceneView, *refs: Ref) -> tuple:
-    """What a description by colour and shape gives away; a shape alone gives nothing."""
-    return tuple(look for ref in refs if ref.color for look in view.looks(ref))
 
 
 def _exists(answer: str, pattern: str, ref: Ref, topics: tuple) -> Candidate:

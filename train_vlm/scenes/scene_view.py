@@ -56,8 +56,13 @@ class SceneView:
         return found
 
     def looks(self, ref: Ref) -> tuple:
-        """The topics of a question that names colour and shape of objects: it would answer what colour or shape they have."""
+        """The topics of a question that names colour and shape of objects: it would answer what colour or shape they have. Of one that
+        names a shape alone there are none."""
         return tuple(("look", i) for i, thing in enumerate(self.objects) if (thing.shape, thing.color) == (ref.shape, ref.color))
+
+    def present(self, pattern: str) -> list[Ref]:
+        """Descriptions of this pattern, shape or pair, that fit something."""
+        return [Ref(shape) for shape in self.shapes] if pattern == "shape" else [Ref(shape, color) for color, shape in self.pairs]
 
     def absent(self, pattern: str) -> list[Ref]:
         """Descriptions of this pattern that fit nothing."""
