@@ -26,15 +26,31 @@ def test_an_answer_that_has_not_begun_shows_that_it_is_awaited():
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
+def engine():
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def page(engine, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="needs the demo extra")
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     made, new_event_loop = [], asyncio.new_event_loop
     monkeypatch.setattr(asyncio, "new_event_loop", lambda: made.append(new_event_loop()) or made[-1])
-    yield build_page(ScriptedEngine(), "small", [str(tmp_path / "a.png")])
+    yield build_page(engine, "small", [str(tmp_path / "a.png")], "One word.")
     for loop in made:  # gradio opens one for each of its locks and forgets them
         loop.close()
     asyncio.set_event_loop(None)
+
+
+def test_what_stands_in_the_settings_is_read_under_the_question_and_not_shown(page, engine):
+    """A small model without the line it was trained with describes the picture instead of answering."""
+    blocks, _ = page
+    setting = next(block for block in blocks.blocks.values() if getattr(block, "label", None) == "Added under every question")
+    asking = next(function for function in blocks.fns.values() if function.api_name == "ask")
+    assert setting.value == "One word." and asking.inputs[-1] is setting
+    *_, (messages, *_) = asking.fn({"text": "What?", "files": []}, (), 5, 0.0, setting.value)
+    assert engine.requests[0].messages[-1]["content"][-1]["text"] == "What?\nOne word."
+    assert messages[0]["content"] == ["What?"]
 
 
 def test_the_page_builds_and_takes_nothing_from_the_network(page):
