@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 from fp8_layers import measure_layers, why_not  # noqa: E402
 from fp8_products import Float32Products  # noqa: E402
+from shown_command import shown_command  # noqa: E402
 
 from train_vlm.conversations import read_llava  # noqa: E402
 from train_vlm.fp8_section import Fp8  # noqa: E402
@@ -154,13 +155,9 @@ def main() -> int:
         runs = {name: run(folder, name, options) for name in RUNS}
     torch.distributed.destroy_process_group()
     reason, found = why_not(), compare(runs)
-    shown = sys.argv[1:]
-    for folder in ("--work", "--out"):  # where, not what
-        if folder in shown:
-            del shown[(place := shown.index(folder)) : place + 2]
     config = preset_config("8b", **({"pattern": options.pattern} if options.pattern else {}))
     result = {
-        "command": " ".join(["python benchmarks/fp8.py", *shown]), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "command": shown_command("fp8.py"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(), "torch": torch.__version__, "torchao": torchao.__version__, "threads": options.threads,
         "steps": options.steps, "batch": options.batch, "emulated": reason is not None, "gaps": found,
         "held": found["FP8"]["largest"] <= BOUND_PERCENT, "runs": runs,

@@ -28,16 +28,17 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
+from shown_command import shown_command  # noqa: E402
 
 from train_vlm.conversations import read_llava  # noqa: E402
+from train_vlm.perplexity import measure_perplexity, text_windows  # noqa: E402
 from train_vlm.plain_text import text_records  # noqa: E402
 from train_vlm.recipe import Data, Optimizer, Parts, Recipe, Run, Source  # noqa: E402
 from train_vlm.scenes.__main__ import write_scenes  # noqa: E402
 from train_vlm.shards import convert  # noqa: E402
 from train_vlm.trainer import train  # noqa: E402
-from train_vlm.training_report import write_training_report  # noqa: E402
 from vlm.assemble import assemble  # noqa: E402
-from vlm.checkpoint import save_model  # noqa: E402
+from vlm.checkpoint import load_model, save_model  # noqa: E402
 from vlm.files import write_whole  # noqa: E402
 from vlm.report.curves import curves_svg  # noqa: E402
 
@@ -142,9 +143,6 @@ def main() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         os.environ.setdefault("MASTER_PORT", str(server.getsockname()[1]))
-    from train_vlm.perplexity import measure_perplexity, text_windows
-    from vlm.checkpoint import load_model
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,15 +155,9 @@ def main() -> int:
         model, processor = load_model(folder / "language")
         heldout = measure_perplexity(model, text_windows(folder / "heldout.jsonl", processor), processor)
         text_tokens = json.loads((folder / "shards" / "text" / "summary.json").read_text(encoding="utf-8"))["tokens"]
-        logs = [folder / (name.replace(" ", "-") + ".log") for name in TEXTS]
-        write_training_report(logs[-1], logs[:-1])
     torch.distributed.destroy_process_group()
-    shown = sys.argv[1:]
-    for where in ("--work", "--out"):
-        if where in shown:
-            del shown[(place := shown.index(where)) : place + 2]
     result = {
-        "command": " ".join(["python benchmarks/keep_language.py", *shown]), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "command": shown_command("keep_language.py"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(), "torch": torch.__version__, "threads": options.threads, "steps": options.steps,
         "language_steps": options.language_steps, "text_tokens": text_tokens, "heldout_tokens": heldout["tokens"], "language": first,
         "runs": runs, "picture": options.out.with_suffix(".svg").name,

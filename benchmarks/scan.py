@@ -25,6 +25,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from scan_cases import SHAPES, errors, memory, times  # noqa: E402
 from scan_exactness import exactness, exactness_page  # noqa: E402
+from shown_command import shown_command  # noqa: E402
 
 from vlm.files import write_whole  # noqa: E402
 
@@ -154,7 +155,7 @@ def main() -> None:
 
     out = options.out or HERE / "results" / ("scan_exactness" if options.exactness else "scan")
     result = {
-        "command": " ".join(["python benchmarks/scan.py", *sys.argv[1:]]),
+        "command": shown_command("scan.py"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
