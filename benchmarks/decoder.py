@@ -128,7 +128,7 @@ def timed(run: Run, ids: torch.Tensor, new_tokens: int) -> tuple[float, float, t
 def measure(size: str, options: argparse.Namespace) -> dict:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     models = build(size, device, dtype)
-    serving = ServingDecoder(models["engine"])
+    serving = ServingDecoder(models["engine"], 2**30)
     rows = []
     for batch, length in options.shapes:
         ids = torch.randint(0, models["engine"].config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)

@@ -37,8 +37,9 @@ BARS = {
     ("hybrid", 5): (5, 2),
     ("hybrid", 1): (1.5, 1.1),
 }
-# Of VQA's answers 89 % are one word, 7 % two, 3 % three (Antol et al. 2015, arXiv 1505.00468): three tokens and the end of the turn.
-NEW_TOKENS = 4
+# Of VQA's answers 89 % are one word, 7 % two, 3 % three (Antol et al. 2015, arXiv 1505.00468): three tokens and the end of the turn; and a
+# sentence. Tokens are decoded by everyone, so the longer an answer, the less a shared picture saves and the more the calls a token takes.
+NEW_TOKENS = (4, 16)
 PARTS = ("vision_encoder", "projector", "language_model")
 ONE_BY_ONE = {"tiny": 10, "hybrid": 2}  # questions timed for the slow way; each costs it the same
 BATCHED = {"tiny": 30, "hybrid": 10}  # and for the batched one: one batch
@@ -97,7 +98,8 @@ def compare(model: str, folder: Path, parameters: dict, rounds: int, threads: in
         ratios = [best[way]["wall_seconds"] / ours["wall_seconds"] for way in ("stock one by one", "stock batched")]
         cpu_ratios = [best[way]["cpu_seconds"] / ours["cpu_seconds"] for way in ("stock one by one", "stock batched")]
         counted = count_ratio(parameters, ours, each, new_tokens)
-        rows.append({"model": model, "pictures": pictures, "each": each, "ways": best, "ratios": ratios, "cpu_ratios": cpu_ratios,
+        rows.append({"model": model, "pictures": pictures, "each": each, "new_tokens": new_tokens, "ways": best, "ratios": ratios,
+                     "cpu_ratios": cpu_ratios,
                      "operations_ratio": counted})  # fmt: skip
         print(line(rows[-1]), flush=True)
     return rows
@@ -120,12 +122,13 @@ def line(row: dict) -> str:
     peaks = " / ".join(f"{(way['peak_bytes'] - way['resident_bytes']) / 2**20:.0f}" for way in (one, batched, ours))
     speeds = " | ".join(f"{1 / way['wall_seconds']:.1f}" for way in (one, batched, ours))
     counted = f"{row['operations_ratio']:.1f}x"
-    return f"| {row['model']} | {row['each']} | {speeds} | {counted} | {wall} | {cpu} | {bars[0]}x / {bars[1]}x | {holds} | {peaks} |"
+    case = f"{row['model']} | {row['each']} | {row['new_tokens']}"
+    return f"| {case} | {speeds} | {counted} | {wall} | {cpu} | {bars[0]}x / {bars[1]}x | {holds} | {peaks} |"
 
 
 HEAD = (
-    "| model | questions a picture | one by one, questions/s | batched | engine | by operations | engine over both, wall | CPU time | bar "
-    "| holds | peak MiB beyond the loaded model |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| model | questions a picture | tokens an answer | one by one, questions/s | batched | engine | by operations | engine over both "
+    "| CPU time | bar | holds | peak MiB beyond the loaded model |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -134,7 +137,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each worker (default %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="tokens of every answer (default %(default)s)")
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=NEW_TOKENS, help="tokens of every answer (default 4, and 16)")
     parser.add_argument("--each", type=int, choices=(30, 5, 1), help="only this many questions a picture")
     parser.add_argument("--no-context", action="store_true", help="leave out the growth with the context")
     parser.add_argument("--only-context", action="store_true", help="nothing but the growth with the context")
@@ -149,12 +152,13 @@ def main() -> int:
             folder = Path(temporary) / model
             parameters[model] = build(model, folder)
             if not options.only_context:
-                rows += compare(model, folder, parameters[model], options.rounds, options.threads, options.new_tokens, options.each)
+                for new_tokens in options.new_tokens:
+                    rows += compare(model, folder, parameters[model], options.rounds, options.threads, new_tokens, options.each)
             if not options.no_context:
                 contexts[model] = decode_times(folder)
     command = "python benchmarks/engine.py " + " ".join(sys.argv[1:])
     facts = {
-        "command": command.strip(), "threads": options.threads, "new_tokens": options.new_tokens, "rounds": options.rounds,
+        "command": command.strip(), "threads": options.threads, "rounds": options.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
         "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
@@ -162,9 +166,9 @@ def main() -> int:
         row |= {"command": facts["command"], "rounds": options.rounds, "load": round(os.getloadavg()[1], 1)}
     if options.add and options.out.with_suffix(".json").is_file():
         old = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))
-        measured = {(row["model"], row["each"]) for row in rows}
-        rows += [row for row in old["rows"] if (row["model"], row["each"]) not in measured]
-        rows.sort(key=lambda row: (MODELS.index(row["model"]), -row["each"]))
+        measured = {(row["model"], row["each"], row["new_tokens"]) for row in rows}
+        rows += [row for row in old["rows"] if (row["model"], row["each"], row["new_tokens"]) not in measured]
+        rows.sort(key=lambda row: (MODELS.index(row["model"]), row["new_tokens"], -row["each"]))
         parameters, contexts = old["parameters"] | parameters, old["contexts"] | contexts
     text = report(facts, parameters, rows, contexts)
     write_whole(
@@ -181,7 +185,8 @@ def report(facts: dict, parameters: dict, rows: list[dict], contexts: dict) -> s
     for model, counts in parameters.items():
         lines.append(f"- {model}: " + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items() if name in PARTS))
     lines += ["", HEAD, *(line(row) for row in rows), ""]
-    lines += [f"- {row['model']}, {row['each']}: `{row['command']}`, {row['rounds']} rounds, load {row['load']}" for row in rows]
+    runs = {f"- `{row['command']}`: {row['rounds']} rounds, load {row['load']}": None for row in rows}
+    lines += list(runs)
     if contexts:
         lines += [
             "",

@@ -16,7 +16,7 @@ def decode_times(folder: Path, rows: tuple[int, ...] = (1, 4)) -> list[dict]:
     """Best CPU milliseconds of a step, and of its attention layers. The context is not read but filled with random numbers: the time of a
     step does not depend on them."""
     model, _ = load_model(folder)
-    decoder = ServingDecoder(model.language_model)
+    decoder = ServingDecoder(model.language_model, 2**30)
     spent = [0.0]
     for serving in decoder.attention_layers:
         serving.decode = _timed(serving.decode, spent)

@@ -155,7 +155,7 @@ class Ours:
             self.engine.model.get_output_embeddings().weight[self.processor.renderer.end_of_turn_id] = 0.0
 
     def answer(self, conversations: list, new_tokens: int) -> int:
-        self.engine.forget()
+        self.engine.kept.clear()
         answers = self.engine.generate([self.request(each, max_new_tokens=new_tokens) for each in conversations])
         wrong = [answer for answer in answers if answer.error or answer.generated_tokens != new_tokens]
         assert not wrong, wrong[0]

@@ -9,7 +9,7 @@ from small_decoders import small_decoder
 
 from vlm.decoder.layers import run_layers, take_over_mixers
 from vlm.decoder.layout import Layout
-from vlm.decoder.packing import Packing
+from vlm.decoder.packing import Common, Packing
 from vlm.decoder.serving import ServingDecoder
 
 
@@ -72,7 +72,10 @@ def test_random_segments_on_random_rows_equal_the_plain_loop(pattern):
             close(torch.cat([*parts, decoded[row : row + 1]]), logits_of(decoder, text), tolerance)
 
 
-def test_only_the_last_tokens_are_the_same_last_tokens(decoder):
+@pytest.mark.parametrize("pattern", ["M-M*-M*-", "M*", "MM", "--"])
+def test_only_the_last_tokens_are_the_same_last_tokens(pattern):
+    """Whichever layer is the last that keeps something, and without any."""
+    decoder = make_decoder(pattern)
     texts = [torch.randint(0, 60, (length,)) for length in (5, 1, 12)]
     every = decoder.prefill(embed(decoder, *texts), decoder.slots(3, 12), [0, 1, 2], [5, 1, 12])
     last = decoder.prefill(embed(decoder, *texts), decoder.slots(3, 12), [0, 1, 2], [5, 1, 12], last_only=True)
@@ -90,6 +93,25 @@ def test_a_fork_goes_on_alone(decoder):
     for tail, found in zip(tails, decoder.logits(hidden).split(6), strict=True):
         close(found, logits_of(decoder, torch.cat([prefix, tail]))[20:])
     assert all(torch.equal(a, b) for a, b in zip(before, (t for part in origin._parts() for t in part.values()), strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 1, 5), (140, 3, 150)])
+def test_rows_may_read_their_states_where_they_were_forked_from(decoder, lengths):
+    """Forked without SSM states and told where these stand: the short scan, with and without padding, and the long one."""
+    prefix, tails = torch.randint(0, 60, (20,)), [torch.randint(0, 60, (length,)) for length in lengths]
+    origin, slots = decoder.slots(2, 20), decoder.slots(5, 180)
+    decoder.prefill(embed(decoder, prefix), origin, [1], [20])
+    for state in slots.ssm.values():
+        state.fill_(float("nan"))  # as an earlier request may have left anything
+    slots.fork(origin, [1, 1, 1], [4, 1, 2], with_ssm=False)
+    hidden = decoder.prefill(embed(decoder, *tails), slots, [4, 1, 2], list(lengths), common=Common(origin, 1))
+    for tail, found in zip(tails, decoder.logits(hidden).split(lengths), strict=True):
+        close(found, logits_of(decoder, torch.cat([prefix, tail]))[20:])
+    more = torch.randint(0, 60, (5,))
+    slots.scrub([0, 3])
+    decoded = decoder.decode(more, slots, max(slots.counts) + 1)
+    for row, tail in zip((4, 1, 2), tails, strict=True):
+        close(decoded[row], logits_of(decoder, torch.cat([prefix, tail, more[row : row + 1]]))[-1])
 
 
 def test_growing_and_moving_rows_changes_nothing(decoder):

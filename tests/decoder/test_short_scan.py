@@ -36,6 +36,22 @@ def test_random_shapes_equal_the_recurrence(monkeypatch, cached_bytes, is_fresh)
         torch.testing.assert_close(states, after)
 
 
+@pytest.mark.parametrize("cached_bytes", [1, 2**14, 2**30])
+def test_rows_go_on_from_a_common_state_and_leave_it_alone(monkeypatch, cached_bytes):
+    monkeypatch.setattr(module, "CACHED_BYTES", cached_bytes)
+    draw = random.Random(cached_bytes)
+    for _ in range(8):
+        groups = draw.choice((1, 2, 3))
+        x, steps, A, B, C, D, states = inputs(draw.randint(1, 7), draw.choice((1, 2, 17)), groups * draw.choice((1, 2)), 4, groups, 6)
+        common = torch.randn(states.shape[1:], dtype=states.dtype)
+        kept = common.clone()
+        expected, after = recurrent_scan(x, steps, A, B, C, D, initial_states=common.expand_as(states).clone())
+        found = short_scan(x, steps, A, B, C, D, states, common=common)  # what stood in `states` is not read
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(states, after)
+        assert torch.equal(common, kept)
+
+
 def test_padding_neither_decays_nor_feeds_the_state():
     x, steps, A, B, C, D, states = inputs(2, 9, 4, 8, 2, 16)
     steps[1, 5:] = 0.0

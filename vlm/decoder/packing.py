@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from .attention import groups_of_similar_length
+from .slots import Slots
 
-__all__ = ["Group", "Packing"]
+__all__ = ["Common", "Group", "Packing"]
+
+
+@dataclass(frozen=True)
+class Common:
+    """A row of these slots whose SSM states all segments go on from."""
+
+    source: Slots
+    row: int
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,13 @@ class Group:
 
 
 class Packing:
-    """lengths: tokens of each segment, in the order of the pack; rows: its row in the buffers; past: tokens that row has read before."""
+    """lengths: tokens of each segment, in the order of the pack; rows: its row in the buffers; past: tokens that row has read before;
+    common: where the states before stand, if not in those rows."""
 
-    def __init__(self, lengths: list[int], rows: list[int], past: list[int], device):
+    def __init__(self, lengths: list[int], rows: list[int], past: list[int], device, common: Common | None = None):
         if not lengths or min(lengths) < 1 or not len(lengths) == len(rows) == len(past) or len(set(rows)) != len(rows):
             raise ValueError(f"found segments of {lengths} tokens for the rows {rows}; expected one or more tokens for different rows")
-        self.lengths, self.rows, self.past, self.device = lengths, rows, past, device
+        self.lengths, self.rows, self.past, self.device, self.common = lengths, rows, past, device, common
         self.total = sum(lengths)
         starts = [0]
         for length in lengths:

@@ -10,10 +10,13 @@ Letters: T packed positions, R rows, D decoder width, S slots, H heads, P head w
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ReLUSquaredActivation
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMLP
 
 from .attention import HybridAttention
 from .mixer import Mamba2Mixer
-from .packing import Packing
+from .packed_weights import PackedWeights
+from .packing import Common, Packing
 from .serving_attention import AttentionServing
 from .serving_mamba import MambaServing
 from .slots import Slots
@@ -22,27 +25,53 @@ __all__ = ["ServingDecoder"]
 
 
 class _Plain:
-    """An FFN or a mixture of experts: nothing is kept between tokens."""
+    """Anything that keeps nothing between tokens, such as a mixture of experts."""
 
     def __init__(self, mixer: nn.Module):
         self.mixer = mixer
 
-    def prefill(self, x: Tensor, packing: Packing, slots: Slots) -> Tensor:
-        return self.mixer(x[None])[0]
+    def prefill(self, x: Tensor, packing: Packing, slots: Slots, wanted: Tensor | None = None) -> Tensor:
+        return self.mixer((x if wanted is None else x.index_select(0, wanted))[None])[0]
 
     def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
         return self.mixer(x[None])[0]
 
 
-class ServingDecoder:
-    """Runs one NemotronHForCausalLM whose mixers were taken over. Its weights are read where they are; none is copied."""
+def _squared_relu_(x: Tensor) -> Tensor:
+    """In place: the widest tensor of a block is passed over twice, and no other is made."""
+    return x.relu_().square_()
 
-    def __init__(self, language_model: nn.Module):
+
+class _FeedForward(_Plain):
+    """The dense FFN."""
+
+    def __init__(self, mixer: NemotronHMLP, packed: PackedWeights):
+        self.mixer = mixer
+        self.up, self.down = packed.of(mixer.up_proj), packed.of(mixer.down_proj)
+        self.act = _squared_relu_ if isinstance(mixer.act_fn, ReLUSquaredActivation) else mixer.act_fn
+
+    def prefill(self, x: Tensor, packing: Packing, slots: Slots, wanted: Tensor | None = None) -> Tensor:
+        return self.down(self.act(self.up(x if wanted is None else x.index_select(0, wanted))))
+
+    def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class ServingDecoder:
+    """Runs one NemotronHForCausalLM whose mixers were taken over. Its weights are read where they are; on a CPU up to `most_packed_bytes`
+    of them are also held in the layout their products like best (packed_weights.py)."""
+
+    def __init__(self, language_model: nn.Module, most_packed_bytes: int = 0):
         self.language_model = language_model
-        kinds = {Mamba2Mixer: MambaServing, HybridAttention: AttentionServing}
-        self.blocks = [(block.norm, kinds.get(type(block.mixer), _Plain)(block.mixer)) for block in language_model.model.layers]
-        # Behind the last layer that keeps something, a token's own row is all that its output depends on.
-        self.stateful = max((place + 1 for place, (_, serving) in enumerate(self.blocks) if not isinstance(serving, _Plain)), default=0)
+        self.packed = packed = PackedWeights(most_packed_bytes)
+        kinds = {Mamba2Mixer: MambaServing, HybridAttention: AttentionServing, NemotronHMLP: _FeedForward}
+        self.blocks = []
+        for block in language_model.model.layers:
+            kind = kinds.get(type(block.mixer))
+            self.blocks.append((block.norm, kind(block.mixer, packed) if kind else _Plain(block.mixer)))
+        self.head = packed.of(language_model.get_output_embeddings())
+        # From the last layer that keeps something on, a token's own row is all that its output depends on.
+        self.last_stateful = max((place for place, (_, serving) in enumerate(self.blocks) if not isinstance(serving, _Plain)), default=None)
         self.attention_layers = [serving for _, serving in self.blocks if isinstance(serving, AttentionServing)]
 
     @property
@@ -60,11 +89,20 @@ class ServingDecoder:
         return wide.to(hidden.dtype)
 
     @torch.inference_mode()
-    def prefill(self, embeddings: Tensor, slots: Slots, rows: list[int], lengths: list[int], *, last_only: bool = False) -> Tensor:
+    def prefill(
+        self,
+        embeddings: Tensor,
+        slots: Slots,
+        rows: list[int],
+        lengths: list[int],
+        *,
+        last_only: bool = False,
+        common: Common | None = None,
+    ) -> Tensor:
         """Segments packed end to end, embeddings (T, D), go on from their `rows`, which are updated; -> hidden states (T, D) after the
-        final norm, or with `last_only` those of each segment's last token (segments, D). `embeddings` is used up. Raises ValueError when
-        lengths and rows do not fit."""
-        packing = Packing(lengths, rows, [slots.counts[row] for row in rows], embeddings.device)
+        final norm, or with `last_only` those of each segment's last token (segments, D). `embeddings` is used up. `common`: where all rows'
+        SSM states come from when they were forked without (`Slots.fork`). Raises ValueError when lengths and rows do not fit."""
+        packing = Packing(lengths, rows, [slots.counts[row] for row in rows], embeddings.device, common)
         ends = [past + length for past, length in zip(packing.past, lengths, strict=True)]
         if packing.total != embeddings.shape[0] or max(ends) > slots.span:
             raise ValueError(
@@ -72,10 +110,13 @@ class ServingDecoder:
             )
         hidden = embeddings
         for place, (norm, serving) in enumerate(self.blocks):
-            if last_only and place == self.stateful:
+            normed = self._normed(norm, hidden)
+            if last_only and place == self.last_stateful:
                 hidden = hidden.index_select(0, packing.last)
-            hidden.add_(serving.prefill(self._normed(norm, hidden), packing, slots))
-        if last_only and self.stateful == len(self.blocks):
+                hidden.add_(serving.prefill(normed, packing, slots, packing.last))
+            else:
+                hidden.add_(serving.prefill(normed, packing, slots))
+        if last_only and self.last_stateful is None:
             hidden = hidden.index_select(0, packing.last)
         slots.advance(rows, lengths)
         return self._normed(self.language_model.model.norm_f, hidden)
@@ -98,4 +139,4 @@ class ServingDecoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, D) -> (R, vocabulary) float32."""
-        return self.language_model.get_output_embeddings()(hidden).float()
+        return self.head(hidden).float()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import HybridAttention
+from .packed_weights import PackedWeights
 from .packing import Group, Packing
 from .slots import Slots
 
@@ -17,18 +18,20 @@ __all__ = ["AttentionServing"]
 class AttentionServing:
     """One attention layer on `Slots`."""
 
-    def __init__(self, mixer: HybridAttention):
+    def __init__(self, mixer: HybridAttention, packed: PackedWeights):
         self.mixer = mixer
+        self.inward = tuple(packed.of(project) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        self.o_proj = packed.of(mixer.o_proj)
         self.layer = mixer.layer_idx
         self.width = mixer.head_dim
         self.repeats = mixer.num_key_value_groups
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, D) -> query (T, H, E), key and value (T, KV, E)."""
-        mixer = self.mixer
-        return tuple(project(x).unflatten(-1, (-1, self.width)) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        return tuple(project(x).unflatten(-1, (-1, self.width)) for project in self.inward)
 
-    def prefill(self, x: Tensor, packing: Packing, slots: Slots) -> Tensor:
+    def prefill(self, x: Tensor, packing: Packing, slots: Slots, wanted: Tensor | None = None) -> Tensor:
+        """x (T, D) -> (T, D); with `wanted`, places in the pack, only what comes out there."""
         query, key, value = self._project(x)
         self._write(slots, key, value, *packing.positions)
         out = torch.empty_like(query)
@@ -46,7 +49,8 @@ class AttentionServing:
                 attended = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=self.mixer.scaling)
                 attended = attended.unflatten(2, (self.repeats, -1)).flatten(1, 2)
             group.put(attended.transpose(1, 2), out)
-        return self.mixer.o_proj(out.flatten(1))
+        out = out.flatten(1)
+        return self.o_proj(out if wanted is None else out.index_select(0, wanted))
 
     def _write(self, slots: Slots, key: Tensor, value: Tensor, rows: Tensor, places: Tensor) -> None:
         """Put key and value (T, KV, E) of tokens into these rows and slots (T,)."""
@@ -76,4 +80,4 @@ class AttentionServing:
         q = query.unflatten(1, (-1, self.repeats))  # R KV H/KV E
         k, v = (buffers[self.layer][:rows, :, :span] for buffers in (slots.keys, slots.values))  # R KV span E
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.mixer.scaling)
-        return self.mixer.o_proj(out.reshape(rows, -1))
+        return self.o_proj(out.reshape(rows, -1))

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gated_norm import GatedNorm
 from .mixer import Mamba2Mixer
-from .packing import Group, Packing
+from .packed_weights import PackedWeights
+from .packing import Common, Group, Packing
 from .short_scan import CACHED_BYTES, LONGEST_SHORT, scan_step, short_scan
 from .slots import Slots
 from .ssd import chunk_scan
@@ -21,8 +23,9 @@ __all__ = ["MambaServing"]
 class MambaServing:
     """One Mamba-2 layer on `Slots`."""
 
-    def __init__(self, mixer: Mamba2Mixer):
+    def __init__(self, mixer: Mamba2Mixer, packed: PackedWeights):
         self.mixer = mixer
+        self.in_proj, self.out_proj = packed.of(mixer.in_proj), packed.of(mixer.out_proj)
         self.layer = mixer.layer_idx
         self.sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
         state = mixer.n_groups * mixer.ssm_state_size
@@ -39,32 +42,34 @@ class MambaServing:
         return steps.clamp(low, high) if low > 0.0 or high < float("inf") else steps
 
     def _gated_norm(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """(T, H P) in float32: gate, then a norm for each group of channels."""
+        """(T, H P): gate, then a norm for each group of channels, in float32."""
         norm = self.mixer.norm
-        gated = (y.float() * F.silu(gate.float())).unflatten(-1, (-1, norm.group_size))
-        normed = F.rms_norm(gated, (norm.group_size,), None, norm.variance_epsilon).flatten(-2)
-        return (norm.weight * normed.to(dtype)).to(dtype)
+        return GatedNorm.apply(y, gate, norm.weight, self.mixer.n_groups, norm.variance_epsilon).to(dtype)
 
     def _convolve(self, padded: Tensor) -> Tensor:
         """(.., T + K - 1, F) -> (.., T, F), activated: the sum over the taps, a stretch of positions at a time."""
-        weight, bias = self.mixer.conv1d.weight.squeeze(1), self.mixer.conv1d.bias  # F K
-        taps = weight.shape[1]
+        weight, bias = self.mixer.conv1d.weight.squeeze(1).t().contiguous(), self.mixer.conv1d.bias  # K F
+        taps = weight.shape[0]
         length = padded.shape[-2] - taps + 1
         stretch = length if padded.is_cuda else max(1, CACHED_BYTES // (padded.numel() // padded.shape[-2] * padded.element_size()))
-        parts = []
+        result = padded.new_empty(*padded.shape[:-2], length, padded.shape[-1])
         for start in range(0, length, stretch):
             count = min(stretch, length - start)
-            y = padded.narrow(-2, start, count) * weight[:, 0]
-            if bias is not None:
-                y += bias
+            first = padded.narrow(-2, start, count)
+            y = first * weight[0] if bias is None else torch.addcmul(bias, first, weight[0])
             for tap in range(1, taps):
-                y.addcmul_(padded.narrow(-2, start + tap, count), weight[:, tap])
-            parts.append(self.mixer.act(y))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+                y.addcmul_(padded.narrow(-2, start + tap, count), weight[tap])
+            out = result.narrow(-2, start, count)
+            if self.mixer.has_silu:
+                torch.ops.aten.silu.out(y, out=out)
+            else:
+                out.copy_(self.mixer.act(y))
+        return result
 
-    def prefill(self, x: Tensor, packing: Packing, slots: Slots) -> Tensor:
+    def prefill(self, x: Tensor, packing: Packing, slots: Slots, wanted: Tensor | None = None) -> Tensor:
+        """x (T, D) -> (T, D); with `wanted`, places in the pack, only what comes out there."""
         mixer = self.mixer
-        gate, fed, dt = mixer.in_proj(x).split(self.sizes, dim=-1)
+        gate, fed, dt = self.in_proj(x).split(self.sizes, dim=-1)
 
         # 1. Convolution, with the kept window in front of each segment.
         taps = mixer.conv_kernel_size
@@ -84,20 +89,25 @@ class MambaServing:
             dts = group.take(steps)
             if group.valid is not None:
                 dts = dts * group.valid[..., None]  # padding neither decays nor feeds the state
-            group.put(self._scan(inner, dts, A, B, C, D, slots, group), y)
-        return mixer.out_proj(self._gated_norm(y.flatten(1), gate, x.dtype))
+            group.put(self._scan(inner, dts, A, B, C, D, slots, group, packing.common), y)
+        y = y.flatten(1)
+        if wanted is not None:
+            y, gate = y.index_select(0, wanted), gate.index_select(0, wanted)
+        return self.out_proj(self._gated_norm(y, gate, x.dtype))
 
-    def _scan(self, inner: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, slots: Slots, group: Group) -> Tensor:
-        """(segments, L, ..) of a group -> (segments, L, H, P); its rows' states go on."""
+    def _scan(self, inner, steps, A, B, C, D, slots: Slots, group: Group, common: Common | None) -> Tensor:
+        """(segments, L, ..) of a group -> (segments, L, H, P); its rows' states go on, from what they hold or from the common state."""
         mixer, states = self.mixer, slots.ssm[self.layer]
         x = inner.unflatten(-1, (mixer.num_heads, -1))
         B, C = B.unflatten(-1, (mixer.n_groups, -1)), C.unflatten(-1, (mixer.n_groups, -1))
+        state = None if common is None else common.source.ssm[self.layer][common.row]
         if group.longest <= LONGEST_SHORT:
             own = states[group.row_slice] if group.row_slice is not None else states.index_select(0, group.rows)
-            y = short_scan(x, steps, A, B, C, D, own, is_fresh=group.is_fresh)
+            y = short_scan(x, steps, A, B, C, D, own, is_fresh=group.is_fresh, common=state)
             after = None if group.row_slice is not None else own
         else:
-            before = None if group.is_fresh else states.index_select(0, group.rows)
+            before = states.index_select(0, group.rows) if state is None else state.expand(group.size, *state.shape)
+            before = None if group.is_fresh else before
             y, after = chunk_scan(x, steps, A, B, C, mixer.chunk_size, D=D, initial_states=before, return_final_states=True)
         if after is not None:
             states.index_copy_(0, group.rows, after)
@@ -105,7 +115,7 @@ class MambaServing:
 
     def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
         mixer, rows = self.mixer, step[0]
-        gate, fed, dt = mixer.in_proj(x).split(self.sizes, dim=-1)
+        gate, fed, dt = self.in_proj(x).split(self.sizes, dim=-1)
 
         # 1. Convolution.
         window = slots.convolution[self.layer][:rows]
@@ -118,4 +128,4 @@ class MambaServing:
         B, C = (self._wide(tensor).view(rows, mixer.n_groups, -1) for tensor in (B, C))
         A, D = -self._wide(mixer.A_log).exp(), self._wide(mixer.D)
         y = scan_step(wide, self._time_steps(dt), A, B, C, D, slots.ssm[self.layer][:rows])
-        return mixer.out_proj(self._gated_norm(y.view(rows, -1).to(x.dtype), gate, x.dtype))
+        return self.out_proj(self._gated_norm(y.view(rows, -1).to(x.dtype), gate, x.dtype))

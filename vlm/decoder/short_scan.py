@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["CACHED_BYTES", "LONGEST_SHORT", "scan_step", "short_scan"]
 
 LONGEST_SHORT = 128  # positions; the work within a chunk grows with their square
-CACHED_BYTES = 2**20  # touched together on a CPU
+CACHED_BYTES = 2**21  # touched together on a CPU
 
 
 def _blocks(states: Tensor) -> Iterator[slice]:
@@ -27,11 +27,22 @@ def _blocks(states: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def short_scan(x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor, *, is_fresh: bool = False) -> Tensor:
+def short_scan(
+    x: Tensor,
+    steps: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    states: Tensor,
+    *,
+    is_fresh: bool = False,
+    common: Tensor | None = None,
+) -> Tensor:
     """x (R, L, H, P), steps (R, L, H) with 0 at padding, A (H,) negative, B and C (R, L, G, N), D (H,); -> y (R, L, H, P) in x's dtype.
 
-    `states` (R, H, P, N), float32 or float64, are read (unless `is_fresh`: all zero) and hold the states after the last position
-    afterwards. Sums are made in their dtype.
+    `states` (R, H, P, N), float32 or float64, hold the states after the last position afterwards. The states before are what stands there,
+    or all zero (`is_fresh`), or for every row `common` (H, P, N), of the same dtype. Sums are made in their dtype.
     """
     rows, length, heads, width = x.shape
     groups, size = B.shape[2:]
@@ -51,7 +62,8 @@ def short_scan(x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
         out = torch.matmul(mixing, weighted)  # R H L P
         # 2. From the state before: exp(a_l) C_l h.
         if not is_fresh:
-            carried = torch.bmm(c, state.mT).view(count, groups, length, -1, width).transpose(2, 3)  # R G r L P
+            carried = torch.bmm(c, state.mT) if common is None else _carried(c.view(count, groups, length, size), common)  # R G, L, r P
+            carried = carried.view(count, groups, length, -1, width).transpose(2, 3)  # R G r L P
             out.view(carried.shape).addcmul_(carried, decay.exp().view(count, groups, -1, length, 1))
         out.addcmul_(inner, D[:, None, None])
         y[block] = out.transpose(1, 2)
@@ -61,9 +73,17 @@ def short_scan(x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
         if is_fresh:
             torch.bmm(fed, b, out=state)
         else:
-            states[block].mul_(decay[..., -1].exp()[..., None, None])
+            torch.mul(states[block] if common is None else common, decay[..., -1].exp()[..., None, None], out=states[block])
             state.baddbmm_(fed, b)
     return y
+
+
+def _carried(c: Tensor, common: Tensor) -> Tensor:
+    """c (R, G, L, N) on one state (H, P, N), which stays in the cache for all rows -> (R G, L, r P)."""
+    rows, groups, length, size = c.shape
+    state = common.view(groups, -1, size)
+    together = torch.bmm(c.transpose(0, 1).reshape(groups, -1, size), state.mT)  # G, R L, r P
+    return together.view(groups, rows, length, -1).transpose(0, 1).reshape(rows * groups, length, -1)
 
 
 def scan_step(x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor) -> Tensor:

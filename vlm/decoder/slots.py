@@ -76,8 +76,10 @@ class Slots:
         self.rows, self.span = rows, span
         self.generation = next(_GENERATIONS)
 
-    def fork(self, source: "Slots", origins: list[int], targets: list[int]) -> None:
-        """Copy rows of `source` (this one too; repeats allowed among the origins) over rows of this. Nothing is shared afterwards."""
+    def fork(self, source: "Slots", origins: list[int], targets: list[int], *, with_ssm: bool = True) -> None:
+        """Copy rows of `source` (this one too; repeats allowed among the origins) over rows of this. Nothing is shared afterwards.
+
+        Without `with_ssm` the SSM states, most of a row, are left to the prefill that follows, which is told where they stand."""
         if not targets:
             return
         device = self.lengths.device
@@ -85,6 +87,8 @@ class Slots:
         used = max(source.counts[row] for row in origins)
         runs = _runs(origins, targets)
         for part, given in zip(self._parts(), source._parts(), strict=True):
+            if part is self.ssm and not with_ssm:
+                continue
             for layer, tensor in part.items():
                 origin_rows = given[layer]
                 if part is self.keys or part is self.values:

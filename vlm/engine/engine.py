@@ -35,7 +35,8 @@ class Engine:
     """Answers with one model.
 
     max_batch: most requests decoded together. max_tokens: longest prompt; tiles are reduced to fit. memory_bytes: for generation state, a
-    quarter of it for kept prefixes (None: a quarter of what is free); requests wait while it is full. quantize: None or "int8" (torchao,
+    quarter of it for kept prefixes (None: a quarter of what is free); requests wait while it is full. packed_bytes: on a CPU, for a second
+    copy of weights, laid out as products like best (None: up to an eighth of what is free; 0: none). quantize: None or "int8" (torchao,
     weights of the decoder only; the model given is changed). self_check: compare a forked answer with a full recompute now.
 
     Raises ValueError for settings that cannot work, RuntimeError when the self-check fails. The weights must not change while it is used.
@@ -49,6 +50,7 @@ class Engine:
         max_tokens: int | None = None,
         *,
         memory_bytes: int | None = None,
+        packed_bytes: int | None = None,
         quantize: str | None = None,
         self_check: bool = True,
     ):
@@ -56,6 +58,8 @@ class Engine:
             raise ValueError(f"{max_batch = }; expected at least 1")
         if memory_bytes is not None and memory_bytes < 1:
             raise ValueError(f"{memory_bytes = }; expected at least 1, or None for a quarter of the free memory")
+        if packed_bytes is not None and packed_bytes < 0:
+            raise ValueError(f"{packed_bytes = }; expected 0 or more, or None for up to an eighth of the free memory")
         self.model, self.processor = model.eval(), processor
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self.golden_note = "golden pack: not looked at"  # from_pretrained looks
@@ -65,7 +69,9 @@ class Engine:
         if quantize is not None:
             quantize_decoder(model.language_model, quantize)
         self.memory_bytes = memory_bytes or default_budget_bytes(self.device)
-        decoder = ServingDecoder(model.language_model)
+        packed_bytes = default_budget_bytes(self.device) // 2 if packed_bytes is None else packed_bytes
+        decoder = ServingDecoder(model.language_model, packed_bytes)
+        self._packed = decoder.packed
         self.kept = KeptStates(self.memory_bytes // KEPT_SHARE)
         self._prompter = Prompter(processor, model.config.image_token_id)
         reading = Prefill(model, processor, decoder, self.kept)
@@ -197,9 +203,10 @@ class Engine:
         self._run(self._scheduler.sweep)
 
     def forget(self) -> None:
-        """Drop every kept state: after a change of the weights."""
+        """Drop every kept state and packed weight: after a change of the weights."""
         with self._turn:
             self.kept.clear()
+            self._packed.forget()
 
 
 def _by_pictures(requests: list[Request]) -> list[int]:

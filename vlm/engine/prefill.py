@@ -7,6 +7,7 @@ come again; the leaves go straight into the rows of the running batch.
 import torch
 from torch import Tensor
 
+from ..decoder.packing import Common
 from ..decoder.serving import ServingDecoder
 from ..decoder.slots import Slots
 from ..modeling import VisionLanguageModel
@@ -35,6 +36,7 @@ class Prefill:
     def __init__(self, model: VisionLanguageModel, processor: VLMProcessor, decoder: ServingDecoder, kept: KeptStates):
         self.model, self.processor, self.decoder, self.kept = model, processor, decoder, kept
         self.image_token_id = model.config.image_token_id
+        self._with_packed_weights = decoder.packed.within(model.vision_encoder, model.projector)
         self.cost = StateCost.of(decoder.language_model.config, decoder.weight.dtype)
 
     @property
@@ -95,9 +97,11 @@ class Prefill:
     def _read_pieces(self, pieces, tickets, found, visual, nodes, slots, rows, places) -> Tensor:
         """Read pieces whose parents are read, a few packed calls -> hidden state of the last token of each, (pieces, D)."""
         # 1. Every row starts from a copy of its parent's state, or from nothing.
-        forked = set()
+        forked, common = set(), None
         for source, origins, targets in self._origins(pieces, found, nodes, rows, places):
-            slots.fork(source, origins, targets)
+            if source is not slots and len(set(origins)) == 1 < len(targets) == len(rows):
+                common = Common(source, origins[0])  # many questions, one picture: its large states are read from where they stand
+            slots.fork(source, origins, targets, with_ssm=common is None)
             forked.update(targets)
         slots.clear([row for row in rows if row not in forked])
         # 2. As many pieces a call as stay together below the limit.
@@ -109,9 +113,9 @@ class Prefill:
                 tokens = 0
             calls[-1].append((piece, row))
             tokens += piece.end - piece.start
-        return torch.cat([self._read_together(call, tickets, visual, slots) for call in calls])
+        return torch.cat([self._read_together(call, tickets, visual, slots, common) for call in calls])
 
-    def _read_together(self, call: list[tuple[Piece, int]], tickets, visual, slots: Slots) -> Tensor:
+    def _read_together(self, call: list[tuple[Piece, int]], tickets, visual, slots: Slots, common: Common | None) -> Tensor:
         """Words and visual tokens, packed in the same order."""
         pieces = [piece for piece, _ in call]
         ids = [token for piece in pieces for token in tickets[piece.owner].prompt.ids[piece.start : piece.end]]
@@ -120,7 +124,7 @@ class Prefill:
         shown = visual[0].index_select(0, order) if tiles else None
         embeddings = self.model.embed(torch.tensor([ids], device=self.device), visual_tokens=shown)[0]
         lengths = [piece.end - piece.start for piece in pieces]
-        return self.decoder.prefill(embeddings, slots, [row for _, row in call], lengths, last_only=True)
+        return self.decoder.prefill(embeddings, slots, [row for _, row in call], lengths, last_only=True, common=common)
 
     @staticmethod
     def _origins(pieces, found, nodes, rows, places):
@@ -159,7 +163,8 @@ class Prefill:
         step = TILES_A_CALL if self.device.type == "cuda" else self._tiles_in_cache()
         normalize = self.processor.image_processor.normalize_pixels
         calls = [torch.stack(pixels[start : start + step]) for start in range(0, len(pixels), step)]
-        return torch.cat([self.model.encode_tiles(normalize(call).to(self.device)) for call in calls]), numbers
+        with self._with_packed_weights:
+            return torch.cat([self.model.encode_tiles(normalize(call).to(self.device)) for call in calls]), numbers
 
     def _tiles_in_cache(self) -> int:
         """Patches x FFN width (four times the encoder's) x float32 for each tile."""
