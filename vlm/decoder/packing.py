@@ -15,7 +15,7 @@ from torch import Tensor
 from .attention import groups_of_similar_length
 from .slots import Slots
 
-__all__ = ["Common", "Group", "Packing"]
+__all__ = ["Borders", "Common", "Group", "Packing"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,39 @@ class Group:
             packed.index_copy_(0, self.targets, flat if self.kept is None else flat.index_select(0, self.kept))
 
 
+@dataclass(frozen=True)
+class Borders:
+    """heads: (segments (K - 1),) places of the first K - 1 tokens of each segment, its last one repeated where it is shorter; kept: which
+    of them are tokens, places: where those stand in the pack.
+
+    tails: (segments (K - 1),) places of the last K - 1 tokens of each segment; of one that is shorter, what is missing comes from the
+    window before it: from_window (segments, K - 1, 1) says which, window_places (segments (K - 1),) where in the windows laid end to end.
+    Both are None when no segment is shorter.
+    """
+
+    taps: int
+    heads: Tensor
+    kept: Tensor | None
+    places: Tensor
+    tails: Tensor
+    from_window: Tensor | None
+    window_places: Tensor | None
+
+    @classmethod
+    def of(cls, packing: "Packing", taps: int) -> "Borders":
+        before = taps - 1
+        starts, counts = packing._tensor(packing.starts)[:, None], packing._tensor(packing.lengths)[:, None]
+        steps = torch.arange(before, device=packing.device)[None]
+        heads = (starts + steps.minimum(counts - 1)).flatten()
+        tails = starts + counts - before + steps
+        if min(packing.lengths) >= before:
+            return cls(taps, heads, None, heads, tails.flatten(), None, None)
+        kept = (steps < counts).flatten().nonzero().squeeze(-1)
+        numbers = torch.arange(len(packing.lengths), device=packing.device)[:, None]
+        window_places = (numbers * before + (counts + steps).clamp_max(before - 1)).flatten()
+        return cls(taps, heads, kept, heads[kept], tails.clamp_min(0).flatten(), (counts + steps < before)[..., None], window_places)
+
+
 class Packing:
     """lengths: tokens of each segment, in the order of the pack; rows: its row in the buffers; past: tokens that row has read before;
     common: where the states before stand, if not in those rows."""
@@ -72,6 +105,7 @@ class Packing:
         if not lengths or min(lengths) < 1 or not len(lengths) == len(rows) == len(past) or len(set(rows)) != len(rows):
             raise ValueError(f"found segments of {lengths} tokens for the rows {rows}; expected one or more tokens for different rows")
         self.lengths, self.rows, self.past, self.device, self.common = lengths, rows, past, device, common
+        self._borders: Borders | None = None
         self.total = sum(lengths)
         starts = [0]
         for length in lengths:
@@ -97,16 +131,11 @@ class Packing:
         within = torch.arange(self.total, device=self.device) - self._tensor(self.starts).repeat_interleave(counts)
         return self.row_index.repeat_interleave(counts), within + self._tensor(self.past).repeat_interleave(counts)
 
-    def windows(self, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Places in a pack with K - 1 more positions before each segment: of the tokens (T,), of those before a segment, and of the last
-        K - 1 of each segment (segments x (K - 1), flat)."""
-        before = taps - 1
-        counts = self._tensor(self.lengths)
-        numbers = torch.arange(len(self.lengths), device=self.device)
-        tokens = torch.arange(self.total, device=self.device) + ((numbers + 1) * before).repeat_interleave(counts)
-        heads = self._tensor(self.starts) + numbers * before
-        steps = torch.arange(before, device=self.device)
-        return tokens, (heads[:, None] + steps).flatten(), (heads[:, None] + counts[:, None] + steps).flatten()
+    def borders(self, taps: int) -> Borders:
+        """Where a convolution of so many taps reaches over the borders of segments."""
+        if self._borders is None or self._borders.taps != taps:
+            self._borders = Borders.of(self, taps)
+        return self._borders
 
     @cached_property
     def groups(self) -> list[Group]:

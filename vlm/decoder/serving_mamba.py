@@ -13,7 +13,8 @@ from .gated_norm import GatedNorm
 from .mixer import Mamba2Mixer
 from .packed_weights import PackedWeights
 from .packing import Common, Group, Packing
-from .short_scan import CACHED_BYTES, LONGEST_SHORT, scan_step, short_scan
+from .serving_convolution import ServingConvolution
+from .short_scan import LONGEST_SHORT, scan_step, short_scan
 from .slots import Slots
 from .ssd import chunk_scan
 
@@ -25,6 +26,7 @@ class MambaServing:
 
     def __init__(self, mixer: Mamba2Mixer, packed: PackedWeights):
         self.mixer = mixer
+        self.convolution = ServingConvolution(mixer)
         self.in_proj, self.out_proj = packed.of(mixer.in_proj), packed.of(mixer.out_proj)
         self.layer = mixer.layer_idx
         self.sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
@@ -46,40 +48,16 @@ class MambaServing:
         norm = self.mixer.norm
         return GatedNorm.apply(y, gate, norm.weight, self.mixer.n_groups, norm.variance_epsilon).to(dtype)
 
-    def _convolve(self, padded: Tensor) -> Tensor:
-        """(.., T + K - 1, F) -> (.., T, F), activated: the sum over the taps, a stretch of positions at a time."""
-        weight, bias = self.mixer.conv1d.weight.squeeze(1).t().contiguous(), self.mixer.conv1d.bias  # K F
-        taps = weight.shape[0]
-        length = padded.shape[-2] - taps + 1
-        stretch = length if padded.is_cuda else max(1, CACHED_BYTES // (padded.numel() // padded.shape[-2] * padded.element_size()))
-        result = padded.new_empty(*padded.shape[:-2], length, padded.shape[-1])
-        for start in range(0, length, stretch):
-            count = min(stretch, length - start)
-            first = padded.narrow(-2, start, count)
-            y = first * weight[0] if bias is None else torch.addcmul(bias, first, weight[0])
-            for tap in range(1, taps):
-                y.addcmul_(padded.narrow(-2, start + tap, count), weight[tap])
-            out = result.narrow(-2, start, count)
-            if self.mixer.has_silu:
-                torch.ops.aten.silu.out(y, out=out)
-            else:
-                out.copy_(self.mixer.act(y))
-        return result
-
     def prefill(self, x: Tensor, packing: Packing, slots: Slots, wanted: Tensor | None = None) -> Tensor:
         """x (T, D) -> (T, D); with `wanted`, places in the pack, only what comes out there."""
         mixer = self.mixer
         gate, fed, dt = self.in_proj(x).split(self.sizes, dim=-1)
 
         # 1. Convolution, with the kept window in front of each segment.
-        taps = mixer.conv_kernel_size
-        tokens, heads, ends = packing.windows(taps)
         window = slots.convolution[self.layer]
-        spread = fed.new_empty(packing.total + len(packing.lengths) * (taps - 1), fed.shape[-1])
-        spread.index_copy_(0, heads, window.index_select(0, packing.row_index).flatten(0, 1))
-        spread.index_copy_(0, tokens, fed)
-        window.index_copy_(0, packing.row_index, spread.index_select(0, ends).unflatten(0, (-1, taps - 1)))
-        convolved = self._convolve(spread).index_select(0, tokens - (taps - 1))
+        before = window.index_select(0, packing.row_index)
+        convolved, after = self.convolution.packed(fed, before, packing.borders(mixer.conv_kernel_size))
+        window.index_copy_(0, packing.row_index, after)
 
         # 2. Scan, from each row's own state.
         steps, A, D = self._time_steps(dt), -self._wide(mixer.A_log).exp(), self._wide(mixer.D)
@@ -121,7 +99,7 @@ class MambaServing:
         window = slots.convolution[self.layer][:rows]
         padded = torch.cat([window, fed[:, None]], dim=1)  # R K F
         window.copy_(padded[:, 1:])
-        inner, B, C = self._convolve(padded)[:, 0].split(self.inner_sizes, dim=-1)
+        inner, B, C = self.convolution.rows(padded)[:, 0].split(self.inner_sizes, dim=-1)
 
         # 2. One step of the recurrence.
         wide = self._wide(inner).view(rows, mixer.num_heads, mixer.head_dim)
