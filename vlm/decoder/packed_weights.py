@@ -7,6 +7,7 @@ The price is a second copy of the weight, so whoever asks says how much memory t
 do without.
 """
 
+import platform
 from functools import cache
 
 import torch
@@ -23,8 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @cache
 def _operators():
-    """oneDNN's two operators, as torch.compile's CPU backend calls them, or None in a torch that lacks them."""
+    """oneDNN's two operators, as torch.compile's CPU backend calls them, or None in a torch that lacks them, and where nobody tried them."""
     known = torch.ops.mkldnn
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
     if torch.backends.mkldnn.is_available() and hasattr(known, "_linear_pointwise") and hasattr(known, "_reorder_linear_weight"):
         return known._linear_pointwise, known._reorder_linear_weight
     return None
