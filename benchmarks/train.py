@@ -3,13 +3,13 @@
     python benchmarks/train.py                       writes benchmarks/results/train.{md,json}
     python benchmarks/train.py --models tiny --out train-result
 
-Two models. "tiny": the quickstart's model and blend on drawn scenes, everything trained. "hybrid": a Nemotron-H body of some 60 M
-parameters (width 512) with a vocabulary of 131,072, a frozen ViT-tiny at 224 px, 64 visual tokens a tile, 1 to 13 tiles a sample;
-everything but the encoder trained. Every way sees the same samples, packed or padded, with the same weights, optimizer (AdamW) and threads,
-in a process of its own; each switches one thing on over the one before (train_work.py). A token is a position of a sample, text or visual:
-padding is no work. Reading and tiling are done before the clock starts, for all. Peak memory is that of the whole process. Seconds are
-those of the process on its processor: with the one thread of the default, what it takes on a machine with nothing else to do; wall
-seconds and the machine's load stand in the JSON file.
+Two models. "tiny": the quickstart's model, blend and samples a step (the first half of its fine-tuning) on drawn scenes, everything
+trained. "hybrid": a Nemotron-H body of some 60 M parameters (width 512) with a vocabulary of 131,072, a frozen ViT-tiny at 224 px, 64
+visual tokens a tile, 1 to 13 tiles a sample; everything but the encoder trained. Every way sees the same samples, packed or padded, with
+the same weights, optimizer (AdamW) and threads, in a process of its own; each switches one thing on over the one before (train_work.py). A
+token is a position of a sample, text or visual: padding is no work. Reading and tiling are done before the clock starts, for all. Peak
+memory is that of the whole process. Seconds are those of the process on its processor: with the one thread of the default, what it takes
+on a machine with nothing else to do; wall seconds and the machine's load stand in the JSON file.
 """
 
 import argparse
@@ -164,7 +164,7 @@ def main() -> int:
         for name in options.models:
             folder = Path(temporary) / name
             if name == "tiny":
-                build_tiny(folder, pictures=16 * ((options.steps or STEPS[name]) + 1) + 8)
+                build_tiny(folder, pictures=SAMPLES[name] * ((options.steps or STEPS[name]) + 1) + 8)
             chosen = [way for way in ways if name == "hybrid" or "lean" not in way]  # the tiny model's activations are no burden
             result["models"][name] = measure(name, folder, chosen, options)
     result["seconds"] = time.monotonic() - began

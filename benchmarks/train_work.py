@@ -11,6 +11,7 @@ import random
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,12 +23,13 @@ from engine_work import HYBRID, VIT_TINY  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.models.nemotron_h import NemotronHForCausalLM  # noqa: E402
 
+import train_vlm  # noqa: E402
 from train_vlm.batching import pack  # noqa: E402
 from train_vlm.engine_start import start_engine  # noqa: E402
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups  # noqa: E402
 from train_vlm.kept_precision import KEPT  # noqa: E402
 from train_vlm.reading import SampleStream  # noqa: E402
-from train_vlm.recipe import Data, Parts, Recipe, Run, Source  # noqa: E402
+from train_vlm.recipe import Data, Parts, Recipe, Run, Source, load_recipe  # noqa: E402
 from train_vlm.training_step import forward_inputs, train_step  # noqa: E402
 from vision_encoders import build_vision_encoder  # noqa: E402
 from vlm.assemble.parts import join_configs, join_processor  # noqa: E402
@@ -41,7 +43,8 @@ from vlm.small_tokenizer import train_small_tokenizer  # noqa: E402
 VOCABULARY = 131072
 GRIDS = ((1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (1, 4), (5, 1), (3, 2), (2, 3), (4, 2), (3, 3), (5, 2), (4, 3), (3, 4))  # 1 to 13 tiles
 WORDS = "the a red blue small large dog boat table street window person near under behind holding white sign two three road".split()
-SAMPLES = {"tiny": 16, "hybrid": 3}  # of a step
+TINY_RECIPE = load_recipe(Path(train_vlm.__path__[0]) / "recipes" / "quickstart_early.yaml")
+SAMPLES = {"tiny": TINY_RECIPE.data.batch_samples, "hybrid": 3}  # of a step
 RATE = 1e-4
 
 
@@ -79,10 +82,10 @@ def build_hybrid():
 
 
 def read_samples(folder: Path, processor, count: int) -> list[dict]:
-    """The first samples of the quickstart's blend, or the hybrid's."""
+    """The first samples of the blend in the quickstart's recipe, or the hybrid's."""
     if folder.name == "hybrid":
         return hybrid_samples(processor, count)
-    sources = (Source(str(folder.parent / "shards" / "questions"), 0.93), Source(str(folder.parent / "shards" / "captions"), 0.07))
+    sources = tuple(replace(each, shards=str(folder.parent / "shards" / Path(each.shards).name)) for each in TINY_RECIPE.data.sources)
     stream = SampleStream(sources, processor, seed=0, max_tokens=4096)
     samples = [stream[position] for position in range(count)]
     assert not any("skipped" in sample for sample in samples), "a drawn sample is broken"
