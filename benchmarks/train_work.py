@@ -202,7 +202,8 @@ class Trainer:
 
     def step(self, samples: list[dict]) -> float:
         batch = self.work.packed(samples)
-        return train_step(self.engine, [batch], batch["supervised_tokens"], self.work.processor, sources=2).loss
+        sources = max(len(TINY_RECIPE.data.sources), 1)  # the hybrid's samples are of one
+        return train_step(self.engine, [batch], batch["supervised_tokens"], self.work.processor, sources=sources).loss
 
 
 WAYS = {
