@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @cache
 def _operators():
-    """oneDNN's two operators, as torch.compile's CPU backend calls them, or None in a torch that lacks them, and where nobody tried them."""
+    """oneDNN's two operators, as torch.compile's CPU backend calls them, or None without them and where nobody tried them."""
     known = torch.ops.mkldnn
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
