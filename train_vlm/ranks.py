@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from train_vlm.recipe import Recipe
+from vlm.engine.allocation import keep_freed_memory
 
 __all__ = ["FailedElsewhereError", "on_first_rank", "start_deepspeed", "sum_over_ranks"]
 
@@ -32,6 +33,7 @@ def start_deepspeed(recipe: Recipe):
         # The shared-memory kernel is for inference only, and building it takes most of a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        keep_freed_memory()  # a step's tensors come again with the next
         torch.set_num_threads(recipe.run.threads_per_rank or max(1, cores // int(os.environ["WORLD_SIZE"])))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -1,7 +1,8 @@
-"""Keep freed memory for the next step of the engine, instead of handing it to the system and getting it back page by page.
+"""Keep freed memory for the next step, of the engine or of training, instead of handing it to the system and getting it back page by page.
 
 A layer's activations are some megabytes. glibc maps buffers of that size afresh and unmaps them when they are freed; each page is then
-cleared by the kernel at its first touch. That was 17 % of the processor time of 60 questions about 60 pictures on the tiny model.
+cleared by the kernel at its first touch. That was 17 % of the processor time of 60 questions about 60 pictures on the tiny model, and some
+6 % of its training step.
 """
 
 import ctypes
