@@ -1,13 +1,12 @@
 """Attention over packs, padded rows and kept keys against plain softmax written out."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttention
 
-from vlm.decoder.attention import PADDING_LIMIT, HybridAttention, groups_of_similar_length
+from vlm.decoder.attention import HybridAttention
 from vlm.decoder.layout import Layout
 from vlm.decoder.presets import preset_config
 from vlm.decoder.state import DecoderState
@@ -92,15 +91,6 @@ def test_kept_keys_of_ragged_rows_equal_the_whole(layer):
     b, _ = layer(torch.cat([texts[0][:, 3:], texts[1][:, 6:]]), layout=Layout.rows(second, 6), state=state)
     for row, text in enumerate(texts):
         torch.testing.assert_close(torch.cat([a[row, : first[row]], b[row]]), by_hand(layer, text[0]))
-
-
-def test_groups_hold_every_sequence_once_and_waste_little():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        lengths = tuple(torch.randint(1, 500, (30,), generator=generator).tolist())
-        groups = groups_of_similar_length(lengths)
-        assert sorted(itertools.chain(*groups)) == list(range(30))
-        assert all(max(lengths[i] for i in group) <= PADDING_LIMIT * min(lengths[i] for i in group) for group in groups)
 
 
 def test_without_a_layout_it_is_the_stock_forward(layer):

@@ -9,8 +9,9 @@ from small_decoders import small_decoder
 
 from vlm.decoder.layers import run_layers, take_over_mixers
 from vlm.decoder.layout import Layout
-from vlm.decoder.packing import Common, Packing
+from vlm.decoder.packing import Packing
 from vlm.decoder.serving import ServingDecoder
+from vlm.decoder.slots import Common
 
 
 def make_decoder(pattern: str, dtype=torch.float64, **overrides) -> ServingDecoder:
@@ -104,7 +105,7 @@ def test_rows_may_read_their_states_where_they_were_forked_from(decoder, lengths
     for state in slots.ssm.values():
         state.fill_(float("nan"))  # as an earlier request may have left anything
     slots.fork(origin, [1, 1, 1], [4, 1, 2], with_ssm=False)
-    hidden = decoder.prefill(embed(decoder, *tails), slots, [4, 1, 2], list(lengths), common=Common(origin, 1))
+    hidden = decoder.prefill(embed(decoder, *tails), slots, [4, 1, 2], list(lengths), common=Common(origin, 1, 20))
     for tail, found in zip(tails, decoder.logits(hidden).split(lengths), strict=True):
         close(found, logits_of(decoder, torch.cat([prefix, tail]))[20:])
     more = torch.randint(0, 60, (5,))

@@ -1,9 +1,9 @@
 """Our attention: transformers' parameters, a forward that knows packed rows and kept states.
 
 The stock path builds a T x T mask for a pack, and leaks between packed samples while `use_cache` is on. Here a pack is attended
-sequence by sequence: sequences of similar length are laid side by side, padded on the right, where a causal mask already hides the padding.
+sequence by sequence, those of similar length side by side (side_by_side.py).
 
-Letters: B batch, T positions, H query heads, E head width, S sequences or slots.
+Letters: B batch, T positions, H query heads, E head width, S sequences of a group, L its longest.
 """
 
 import torch
@@ -15,20 +15,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttentio
 from .layout import Layout
 from .state import DecoderState
 
-__all__ = ["HybridAttention", "groups_of_similar_length"]
-
-PADDING_LIMIT = 1.35  # longest over shortest sequence in one attention call
-
-
-def groups_of_similar_length(lengths: tuple[int, ...]) -> list[list[int]]:
-    """Indices of `lengths`, in groups whose longest is at most 1.35 times the shortest; shortest first."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and lengths[index] <= PADDING_LIMIT * lengths[groups[-1][0]]:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+__all__ = ["HybridAttention"]
 
 
 class HybridAttention(NemotronHAttention):
@@ -90,19 +77,7 @@ class HybridAttention(NemotronHAttention):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
         """One row of packed sequences, (1, H, T, E) each."""
-        out = torch.zeros_like(query)
-        starts = [0]
-        for length in layout.lengths:
-            starts.append(starts[-1] + length)
-        places, results = [], []
-        for group in groups_of_similar_length(layout.lengths):
-            longest = max(layout.lengths[index] for index in group)
-            offsets = torch.tensor([starts[index] for index in group], device=query.device)[:, None]
-            sizes = torch.tensor([layout.lengths[index] for index in group], device=query.device)[:, None]
-            steps = torch.arange(longest, device=query.device)[None]
-            rows = offsets + steps.minimum(sizes - 1)  # S T: padding repeats the last position
-            q, k, v = (rearrange(t[0].index_select(1, rows.flatten()), "h (s t) e -> s h t e", s=len(group)) for t in (query, key, value))
-            real = (steps < sizes).flatten()
-            places.append(rows.flatten()[real])
-            results.append(rearrange(self._attend(q, k, v, None), "s h t e -> h (s t) e")[:, real])
-        return out.index_copy(2, torch.cat(places), torch.cat(results, dim=1)[None])
+        groups = layout.side_by_side
+        parts = zip(*(groups.spread(each[0].transpose(0, 1)) for each in (query, key, value)), strict=True)  # S L H E each
+        attended = (self._attend(*(each.transpose(1, 2) for each in part), None) for part in parts)
+        return groups.join([each.transpose(1, 2) for each in attended]).transpose(0, 1)[None]

@@ -7,9 +7,12 @@ Letters: B rows, T positions, S sequences.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from .side_by_side import SideBySide
 
 __all__ = ["Layout"]
 
@@ -74,3 +77,8 @@ class Layout:
     @property
     def is_packed(self) -> bool:
         return self.seq_idx is not None
+
+    @cached_property
+    def side_by_side(self) -> SideBySide:
+        """Of a packed row: its sequences, those of similar length side by side."""
+        return SideBySide.of(self.lengths, self.seq_idx.device)

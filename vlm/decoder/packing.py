@@ -12,18 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .attention import groups_of_similar_length
-from .slots import Slots
+from .side_by_side import groups_of_similar_length
+from .slots import Common
 
-__all__ = ["Borders", "Common", "Group", "Packing"]
-
-
-@dataclass(frozen=True)
-class Common:
-    """A row of these slots whose SSM states all segments go on from."""
-
-    source: Slots
-    row: int
+__all__ = ["Borders", "Group", "Packing"]
 
 
 @dataclass(frozen=True)
@@ -99,12 +91,15 @@ class Borders:
 
 class Packing:
     """lengths: tokens of each segment, in the order of the pack; rows: its row in the buffers; past: tokens that row has read before;
-    common: where the states before stand, if not in those rows."""
+    common: where the states before stand, if not in those rows; as_tails: what is read becomes the rows' tails on it."""
 
-    def __init__(self, lengths: list[int], rows: list[int], past: list[int], device, common: Common | None = None):
+    def __init__(
+        self, lengths: list[int], rows: list[int], past: list[int], device, common: Common | None = None, *, as_tails: bool = False
+    ):
         if not lengths or min(lengths) < 1 or not len(lengths) == len(rows) == len(past) or len(set(rows)) != len(rows):
             raise ValueError(f"found segments of {lengths} tokens for the rows {rows}; expected one or more tokens for different rows")
-        self.lengths, self.rows, self.past, self.device, self.common = lengths, rows, past, device, common
+        self.lengths, self.rows, self.past, self.device = lengths, rows, past, device
+        self.common, self.as_tails = common, as_tails
         self._borders: Borders | None = None
         self.total = sum(lengths)
         starts = [0]

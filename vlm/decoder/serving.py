@@ -14,12 +14,13 @@ from transformers.activations import ReLUSquaredActivation
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMLP
 
 from .attention import HybridAttention
+from .decode_step import Step
 from .mixer import Mamba2Mixer
 from .packed_weights import PackedWeights
-from .packing import Common, Packing
+from .packing import Packing
 from .serving_attention import AttentionServing
 from .serving_mamba import MambaServing
-from .slots import Slots
+from .slots import Common, Slots
 
 __all__ = ["ServingDecoder"]
 
@@ -33,7 +34,7 @@ class _Plain:
     def prefill(self, x: Tensor, packing: Packing, slots: Slots, wanted: Tensor | None = None) -> Tensor:
         return self.mixer((x if wanted is None else x.index_select(0, wanted))[None])[0]
 
-    def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
+    def decode(self, x: Tensor, slots: Slots, step: Step) -> Tensor:
         return self.mixer(x[None])[0]
 
 
@@ -53,7 +54,7 @@ class _FeedForward(_Plain):
     def prefill(self, x: Tensor, packing: Packing, slots: Slots, wanted: Tensor | None = None) -> Tensor:
         return self.down(self.act(self.up(x if wanted is None else x.index_select(0, wanted))))
 
-    def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
+    def decode(self, x: Tensor, slots: Slots, step: Step) -> Tensor:
         return self.down(self.act(self.up(x)))
 
 
@@ -79,13 +80,19 @@ class ServingDecoder:
         """A tensor of the model's dtype, on its device."""
         return self.language_model.get_input_embeddings().weight
 
-    def slots(self, rows: int, span: int) -> Slots:
-        """Empty buffers for `rows` sequences of up to `span` tokens."""
-        return Slots(self.language_model, rows, span, like=self.weight)
+    def slots(self, rows: int, span: int, *, with_tails: bool = False) -> Slots:
+        """Empty buffers for `rows` sequences of up to `span` tokens. `with_tails`: rows forked from a common one may keep what they read
+        instead of a state (tails.py); on a processor, where states are large."""
+        return Slots(self.language_model, rows, span, like=self.weight, with_tails=with_tails and self.weight.device.type == "cpu")
 
     @staticmethod
     def _normed(norm: nn.Module, hidden: Tensor) -> Tensor:
-        wide = F.rms_norm(hidden.float(), (hidden.shape[-1],), norm.weight.float(), norm.variance_epsilon)
+        wide, size = hidden.float(), hidden.shape[-1]
+        if wide.is_cuda:
+            wide = F.rms_norm(wide, (size,), norm.weight.float(), norm.variance_epsilon)
+        else:  # the same in a third of the time, where it is no kernel of its own
+            scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(size).add_(norm.variance_epsilon).rsqrt_()
+            wide = (wide * scale).mul_(norm.weight.float())
         return wide.to(hidden.dtype)
 
     @torch.inference_mode()
@@ -102,7 +109,9 @@ class ServingDecoder:
         """Segments packed end to end, embeddings (T, D), go on from their `rows`, which are updated; -> hidden states (T, D) after the
         final norm, or with `last_only` those of each segment's last token (segments, D). `embeddings` is used up. `common`: where all rows'
         SSM states come from when they were forked without (`Slots.fork`). Raises ValueError when lengths and rows do not fit."""
-        packing = Packing(lengths, rows, [slots.counts[row] for row in rows], embeddings.device, common)
+        slots.settle([row for row in rows if slots.is_tail[row]])
+        as_tails = common is not None and slots.tails is not None and max(lengths) < slots.tails.capacity
+        packing = Packing(lengths, rows, [slots.counts[row] for row in rows], embeddings.device, common, as_tails=as_tails)
         ends = [past + length for past, length in zip(packing.past, lengths, strict=True)]
         if packing.total != embeddings.shape[0] or max(ends) > slots.span:
             raise ValueError(
@@ -119,6 +128,8 @@ class ServingDecoder:
         if last_only and self.last_stateful is None:
             hidden = hidden.index_select(0, packing.last)
         slots.advance(rows, lengths)
+        for row in rows:
+            slots.common[row], slots.is_tail[row] = common or slots.common[row], as_tails
         return self._normed(self.language_model.model.norm_f, hidden)
 
     @torch.inference_mode()
@@ -126,12 +137,11 @@ class ServingDecoder:
         """tokens (R,) go on from rows 0 to R - 1 -> logits (R, vocabulary) float32. `span`: slots looked at, more than any of these rows
         has used; `even`: all of them have used span - 1. Only the buffers are written (a CUDA graph can hold it): note the tokens by
         `slots.advance` before the next call."""
-        hidden = self.language_model.get_input_embeddings()(tokens)  # R D
         rows = tokens.shape[0]
-        lengths = slots.lengths[:rows]
-        places = torch.arange(rows, device=tokens.device)
-        visible = None if even else (torch.arange(span, device=tokens.device)[None] <= lengths[:, None])[:, None, None]  # R 1 1 span
-        step = (rows, span, places, visible)
+        if slots.tails is not None:
+            slots.settle([row for row in range(rows) if slots.is_tail[row] and slots.tail_length(row) == slots.tails.capacity])
+        hidden = self.language_model.get_input_embeddings()(tokens)  # R D
+        step = Step.of(slots, rows, span, even=even)
         for norm, serving in self.blocks:
             hidden.add_(serving.decode(self._normed(norm, hidden), slots, step))
         return self.logits(self._normed(self.language_model.model.norm_f, hidden))

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import HybridAttention
+from .decode_step import Step
 from .packed_weights import PackedWeights
 from .packing import Group, Packing
-from .slots import Slots
+from .shared_attention import attend_shared
+from .slots import Common, Slots
 
 __all__ = ["AttentionServing"]
 
@@ -72,12 +74,22 @@ class AttentionServing:
         own = group.past[:, None] + torch.arange(group.longest, device=device)  # G L
         return (torch.arange(group.span, device=device) <= own[..., None])[:, None]
 
-    def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
-        rows, span, places, visible = step
+    def decode(self, x: Tensor, slots: Slots, step: Step) -> Tensor:
         query, key, value = self._project(x)
-        self._write(slots, key, value, places, slots.lengths[: len(places)])
+        self._write(slots, key, value, step.index, step.lengths)
         # The query heads that share a key head stand where positions would: nothing is repeated over the slots.
-        q = query.unflatten(1, (-1, self.repeats))  # R KV H/KV E
-        k, v = (buffers[self.layer][:rows, :, :span] for buffers in (slots.keys, slots.values))  # R KV span E
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.mixer.scaling)
-        return self.o_proj(out.reshape(rows, -1))
+        q = query.unflatten(1, (-1, self.repeats))  # R KV r E
+        parts = [self._attend(q, slots, step, some, common) for some, common in step.sharing]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.o_proj(out.reshape(step.rows, -1))
+
+    def _attend(self, query: Tensor, slots: Slots, step: Step, some: slice, common: Common | None) -> Tensor:
+        """query (R, KV, r, E) of all rows -> what comes out for `some` of them."""
+        scale = self.mixer.scaling
+        k, v = (buffers[self.layer][some, :, : step.span] for buffers in (slots.keys, slots.values))  # R KV span E
+        visible = None if step.visible is None else step.visible[some]
+        if common is None:
+            return F.scaled_dot_product_attention(query[some], k, v, attn_mask=visible, scale=scale)
+        own = slice(common.tokens, None)
+        shared = (part[self.layer][common.row, :, : common.tokens] for part in (common.source.keys, common.source.values))
+        return attend_shared(query[some], *shared, k[:, :, own], v[:, :, own], None if visible is None else visible[..., own], scale)

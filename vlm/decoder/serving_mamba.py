@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gated_norm import GatedNorm
+from .decode_step import Step
+from .gated_norm import gated_norm
 from .mixer import Mamba2Mixer
 from .packed_weights import PackedWeights
-from .packing import Common, Group, Packing
+from .packing import Group, Packing
 from .serving_convolution import ServingConvolution
 from .short_scan import LONGEST_SHORT, scan_step, short_scan
 from .slots import Slots
@@ -46,7 +47,7 @@ class MambaServing:
     def _gated_norm(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         """(T, H P): gate, then a norm for each group of channels, in float32."""
         norm = self.mixer.norm
-        return GatedNorm.apply(y, gate, norm.weight, self.mixer.n_groups, norm.variance_epsilon).to(dtype)
+        return gated_norm(y, gate, norm.weight, self.mixer.n_groups, norm.variance_epsilon).to(dtype)
 
     def prefill(self, x: Tensor, packing: Packing, slots: Slots, wanted: Tensor | None = None) -> Tensor:
         """x (T, D) -> (T, D); with `wanted`, places in the pack, only what comes out there."""
@@ -67,18 +68,26 @@ class MambaServing:
             dts = group.take(steps)
             if group.valid is not None:
                 dts = dts * group.valid[..., None]  # padding neither decays nor feeds the state
-            group.put(self._scan(inner, dts, A, B, C, D, slots, group, packing.common), y)
+            group.put(self._scan(inner, dts, A, B, C, D, slots, group, packing), y)
         y = y.flatten(1)
         if wanted is not None:
             y, gate = y.index_select(0, wanted), gate.index_select(0, wanted)
         return self.out_proj(self._gated_norm(y, gate, x.dtype))
 
-    def _scan(self, inner, steps, A, B, C, D, slots: Slots, group: Group, common: Common | None) -> Tensor:
+    def _scan(self, inner, steps, A, B, C, D, slots: Slots, group: Group, packing: Packing) -> Tensor:
         """(segments, L, ..) of a group -> (segments, L, H, P); its rows' states go on, from what they hold or from the common state."""
-        mixer, states = self.mixer, slots.ssm[self.layer]
+        mixer, states, common = self.mixer, slots.ssm[self.layer], packing.common
         x = inner.unflatten(-1, (mixer.num_heads, -1))
         B, C = B.unflatten(-1, (mixer.n_groups, -1)), C.unflatten(-1, (mixer.n_groups, -1))
         state = None if common is None else common.source.ssm[self.layer][common.row]
+        if packing.as_tails:
+            tails = slots.tails.layers[self.layer]
+            stand = group.row_slice is not None
+            tail = tails.rows(group.row_slice).first(group.longest) if stand else tails.empty(group.size, group.longest)
+            y = short_scan(x, steps, A, B, C, D, states[: group.size], common=state, tail=tail)
+            if not stand:
+                tails.write(group.rows, tail)
+            return y
         if group.longest <= LONGEST_SHORT:
             own = states[group.row_slice] if group.row_slice is not None else states.index_select(0, group.rows)
             y = short_scan(x, steps, A, B, C, D, own, is_fresh=group.is_fresh, common=state)
@@ -91,8 +100,8 @@ class MambaServing:
             states.index_copy_(0, group.rows, after)
         return y
 
-    def decode(self, x: Tensor, slots: Slots, step) -> Tensor:
-        mixer, rows = self.mixer, step[0]
+    def decode(self, x: Tensor, slots: Slots, step: Step) -> Tensor:
+        mixer, rows = self.mixer, step.rows
         gate, fed, dt = self.in_proj(x).split(self.sizes, dim=-1)
 
         # 1. Convolution.
@@ -105,5 +114,19 @@ class MambaServing:
         wide = self._wide(inner).view(rows, mixer.num_heads, mixer.head_dim)
         B, C = (self._wide(tensor).view(rows, mixer.n_groups, -1) for tensor in (B, C))
         A, D = -self._wide(mixer.A_log).exp(), self._wide(mixer.D)
-        y = scan_step(wide, self._time_steps(dt), A, B, C, D, slots.ssm[self.layer][:rows])
+        y = self._recur(wide, self._time_steps(dt), A, B, C, D, slots, step)
         return self.out_proj(self._gated_norm(y.view(rows, -1).to(x.dtype), gate, x.dtype))
+
+    def _recur(self, x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, slots: Slots, step: Step) -> Tensor:
+        """(R, H, P) -> the same: rows with a tail add to it, the others' states go on."""
+        states = slots.ssm[self.layer]
+        if len(step.tails) == 1 and step.tails[0][1] is None:
+            return scan_step(x, steps, A, B, C, D, states[: step.rows])
+        y = torch.empty_like(x)
+        for some, common, part in step.tails:
+            given = (x[some], steps[some], A, B[some], C[some], D)
+            if common is None:
+                y[some] = scan_step(*given, states[some])
+            else:
+                y[some] = part.scan(*given, slots.tails.layers[self.layer], common.source.ssm[self.layer][common.row])
+        return y

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .tails import Tail
+
 __all__ = ["CACHED_BYTES", "LONGEST_SHORT", "scan_step", "short_scan"]
 
 LONGEST_SHORT = 128  # positions; the work within a chunk grows with their square
@@ -38,11 +40,13 @@ def short_scan(
     *,
     is_fresh: bool = False,
     common: Tensor | None = None,
+    tail: Tail | None = None,
 ) -> Tensor:
     """x (R, L, H, P), steps (R, L, H) with 0 at padding, A (H,) negative, B and C (R, L, G, N), D (H,); -> y (R, L, H, P) in x's dtype.
 
     `states` (R, H, P, N), float32 or float64, hold the states after the last position afterwards. The states before are what stands there,
-    or all zero (`is_fresh`), or for every row `common` (H, P, N), of the same dtype. Sums are made in their dtype.
+    or all zero (`is_fresh`), or for every row `common` (H, P, N), of the same dtype. Sums are made in their dtype. With `common` and a
+    `tail` of these rows and of L places what is read is written there, and the states are left as they are.
     """
     rows, length, heads, width = x.shape
     groups, size = B.shape[2:]
@@ -50,7 +54,7 @@ def short_scan(
     y = torch.empty_like(x)
     visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
     for block in _blocks(states):
-        state = states[block].view(-1, heads // groups * width, size)  # R G, r P, N
+        state = None if tail is not None else states[block].view(-1, heads // groups * width, size)  # R G, r P, N
         count = block.stop - block.start
         decay = (steps[block] * A).transpose(1, 2).cumsum(-1)  # R H L
         inner = x[block].to(wide).transpose(1, 2).contiguous()  # R H L P
@@ -67,6 +71,10 @@ def short_scan(
             out.view(carried.shape).addcmul_(carried, decay.exp().view(count, groups, -1, length, 1))
         out.addcmul_(inner, D[:, None, None])
         y[block] = out.transpose(1, 2)
+        if tail is not None:
+            tail.fed[block], tail.decay[block] = weighted.transpose(1, 2), decay.transpose(1, 2)
+            tail.keys[block] = b.view(count, groups, length, size)
+            continue
         # 3. The state after: exp(a_L) h + sum over s of exp(a_L - a_s) w_s B_s.
         weighted.mul_((decay[..., -1:] - decay).exp_()[..., None])
         fed = weighted.view(count * groups, -1, length, width).transpose(2, 3).reshape(count * groups, -1, length)  # R G, r P, L

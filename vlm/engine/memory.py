@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import NemotronHConfig
 
+from ..decoder.tails import pay_off, tail_elements
+
 __all__ = ["StateCost", "default_budget_bytes", "rounded_span"]
 
 SPAN_STEP = 64  # spans of the buffers are multiples of it
@@ -27,15 +29,18 @@ class StateCost:
     token_bytes: int
 
     @classmethod
-    def of(cls, config: NemotronHConfig, dtype: torch.dtype) -> "StateCost":
-        """For a decoder of this configuration whose weights have this dtype."""
+    def of(cls, config: NemotronHConfig, dtype: torch.dtype, *, with_tails: bool = False) -> "StateCost":
+        """For a decoder of this configuration whose weights have this dtype; `with_tails` as for `Slots`."""
         size, wide = _dtype_bytes(dtype), max(_dtype_bytes(dtype), 4)
         inner = config.mamba_num_heads * config.mamba_head_dim
         window = (config.conv_kernel - 1) * (inner + 2 * config.n_groups * config.ssm_state_size) * size
         mamba = sum(kind in ("mamba", "linear_attention") for kind in config.layers_block_type)
         attention = sum(kind in ("attention", "full_attention") for kind in config.layers_block_type)
+        state, tail = inner * config.ssm_state_size * wide, 0
+        if with_tails and pay_off(state):
+            tail = wide * tail_elements(config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size)
         return cls(
-            mamba * (window + inner * config.ssm_state_size * wide),
+            mamba * (window + state + tail),
             attention * 2 * config.num_key_value_heads * config.head_dim * size,
         )
 

@@ -7,9 +7,8 @@ come again; the leaves go straight into the rows of the running batch.
 import torch
 from torch import Tensor
 
-from ..decoder.packing import Common
 from ..decoder.serving import ServingDecoder
-from ..decoder.slots import Slots
+from ..decoder.slots import Common, Slots
 from ..modeling import VisionLanguageModel
 from ..processing import VLMProcessor
 from .kept_states import KeptStates
@@ -22,6 +21,7 @@ __all__ = ["Prefill"]
 TILES_A_CALL = 128  # on a GPU
 CACHED_BYTES = 2**22  # on a CPU, as many tiles as keep the encoder's widest activation in the cache
 SCORES_A_CALL = 16
+LEAST_FAMILY = 4  # questions about one picture that are read in a call of their own, where states are large
 TOKENS_A_CALL = {"cpu": 2048, "cuda": 32768}  # packed together: bounds the activations, and on a CPU keeps them near
 
 
@@ -96,24 +96,52 @@ class Prefill:
 
     def _read_pieces(self, pieces, tickets, found, visual, nodes, slots, rows, places) -> Tensor:
         """Read pieces whose parents are read, a few packed calls -> hidden state of the last token of each, (pieces, D)."""
-        # 1. Every row starts from a copy of its parent's state, or from nothing.
-        forked, common = set(), None
+        # 1. Every row starts from a copy of its parent's state, or from nothing. Of many questions about one picture the large SSM states
+        #    are read from where the picture's stand.
+        common = self._fork(pieces, found, nodes, slots, rows, places)
+        # 2. As many pieces a call as stay together below the limit; those that go on from a common state by themselves.
+        most = TOKENS_A_CALL["cuda" if self.device.type == "cuda" else "cpu"]
+        calls: list[list[int]] = []
+        tokens: dict[Common | None, int] = {}
+        open_call: dict[Common | None, list[int]] = {}
+        for index, (piece, row) in enumerate(zip(pieces, rows, strict=True)):
+            key, length = common.get(row), piece.end - piece.start
+            if key not in open_call or tokens[key] + length > most:
+                open_call[key], tokens[key] = [], 0
+                calls.append(open_call[key])
+            open_call[key].append(index)
+            tokens[key] += length
+        last = torch.cat([
+            self._read_together([(pieces[index], rows[index]) for index in call], tickets, visual, slots, common.get(rows[call[0]]))
+            for call in calls
+        ])  # fmt: skip
+        order = [index for call in calls for index in call]
+        return last if order == sorted(order) else torch.empty_like(last).index_copy_(0, torch.tensor(order, device=self.device), last)
+
+    def _fork(self, pieces, found, nodes, slots: Slots, rows, places) -> dict[int, Common]:
+        """Make every row ready to read on -> for rows whose SSM states were left where they are, where that is."""
+        common: dict[int, Common] = {}
+        forked: set[int] = set()
         for source, origins, targets in self._origins(pieces, found, nodes, rows, places):
-            if source is not slots and len(set(origins)) == 1 < len(targets) == len(rows):
-                common = Common(source, origins[0])  # many questions, one picture: its large states are read from where they stand
-            slots.fork(source, origins, targets, with_ssm=common is None)
+            families: dict[int, list[int]] = {}
+            for origin, target in zip(origins, targets, strict=True):
+                families.setdefault(origin, []).append(target)
+            copied = []
+            for origin, family in families.items():
+                shared = Common(source, origin, source.counts[origin]) if source is not slots and len(family) > 1 else None
+                # A call for each picture pays where its questions fill one.
+                if shared is not None and (len(family) == len(rows) or slots.tails is not None and len(family) >= LEAST_FAMILY):
+                    common |= dict.fromkeys(family, shared)
+                    slots.fork(source, [origin] * len(family), family, with_ssm=False)
+                else:
+                    copied.append((origin, family, shared))
+            slots.fork(source, [origin for origin, family, _ in copied for _ in family], [row for _, family, _ in copied for row in family])
+            for _, family, shared in copied:
+                for row in family:
+                    slots.common[row] = shared
             forked.update(targets)
         slots.clear([row for row in rows if row not in forked])
-        # 2. As many pieces a call as stay together below the limit.
-        most = TOKENS_A_CALL["cuda" if self.device.type == "cuda" else "cpu"]
-        calls, tokens = [[]], 0
-        for piece, row in zip(pieces, rows, strict=True):
-            if calls[-1] and tokens + piece.end - piece.start > most:
-                calls.append([])
-                tokens = 0
-            calls[-1].append((piece, row))
-            tokens += piece.end - piece.start
-        return torch.cat([self._read_together(call, tickets, visual, slots, common) for call in calls])
+        return common
 
     def _read_together(self, call: list[tuple[Piece, int]], tickets, visual, slots: Slots, common: Common | None) -> Tensor:
         """Words and visual tokens, packed in the same order."""

@@ -40,7 +40,8 @@ class Scheduler:
     def __init__(self, decoder: ServingDecoder, prefill: Prefill, most_rows: int, budget_bytes: int, graphs=None):
         self.decoder, self.prefill, self.graphs = decoder, prefill, graphs
         self.most_rows, self.budget_bytes = most_rows, budget_bytes
-        self.cost = StateCost.of(decoder.language_model.config, decoder.weight.dtype)
+        on_processor = decoder.weight.device.type == "cpu"
+        self.cost = StateCost.of(decoder.language_model.config, decoder.weight.dtype, with_tails=on_processor)
         self.arrivals: deque[Ticket] = deque()  # any thread may append here; the others belong to the one that steps
         self.waiting: deque[Ticket] = deque()
         self.running: list[Ticket] = []  # the ticket at place i owns row i
@@ -68,7 +69,13 @@ class Scheduler:
         """Bytes of the batch, and of what reading the prompts of `wave` holds beside it: shared prefixes, and forks to score texts."""
         families = sum(_common(before, ticket) < LEAST_SHARED_TOKENS for before, ticket in zip([None, *wave], wave, strict=False))
         longest = rounded_span(max((len(ticket.prompt) for ticket in wave), default=0)) if span else 0
-        return self.cost.bytes(rows, span) + self.cost.bytes(families + self._forks(wave), longest)
+        return self.cost.bytes(rows, span) + self.cost.bytes(families + self._forks(wave), longest) + self._held_bytes()
+
+    def _held_bytes(self) -> int:
+        """Of the common states that running rows go on from."""
+        common = [] if self.slots is None else self.slots.common[: len(self.running)]
+        sources = {id(each.source): each.source for each in common if each is not None}
+        return sum(source.size_bytes() for source in sources.values())
 
     @staticmethod
     def _forks(wave: list[Ticket]) -> int:
@@ -157,10 +164,10 @@ class Scheduler:
         shapes = [(roomy, longer), (rows, longer), (roomy, span), (rows, span)]
         chosen = next((shape for shape in shapes if self.cost.bytes(*shape) + extra <= self.budget_bytes), shapes[-1])
         if self.slots is None:
-            self.slots = self.decoder.slots(*chosen)
+            self.slots = self.decoder.slots(*chosen, with_tails=True)
         elif chosen != (self.slots.rows, self.slots.span):
             self.slots.grow(*chosen)
-        return self.budget_bytes - self.cost.bytes(*chosen)
+        return self.budget_bytes - self.cost.bytes(*chosen) - self._held_bytes()
 
     def _decode(self) -> None:
         running = self.running
