@@ -41,6 +41,7 @@ SETTINGS = {
     "pictures": ("run", ("images_sha256",)),
     "split": ("record", ("split",)),
     "versions": ("run", ("versions",)),
+    "other versions on the way": ("run", ("earlier_starts",)),
 }
 
 

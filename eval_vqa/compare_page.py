@@ -4,7 +4,7 @@ from pathlib import Path
 
 from eval_vqa.measured_run import MeasuredRun
 from eval_vqa.spread import spread
-from eval_vqa.tile_view import tile_view
+from eval_vqa.tile_view import shown_or_why_not
 from vlm.report import Marked, Report
 
 __all__ = ["write_page"]
@@ -63,7 +63,8 @@ def _picture(a: MeasuredRun, b: MeasuredRun, row: dict):
         lines.append(Marked(f"{name}: {answer if answer else '(nothing)'} ({percent:.0f})", mark))
     if row["id"] in a.truths:
         lines.append(Marked(f"people: {a.truths[row['id']].answer}", "quiet"))
-    return tile_view(question.image, a.settings.get("preprocessing", {}).get("tiles", {}), used), lines
+    shown, fault = shown_or_why_not(question.image, a.settings.get("preprocessing", {}).get("tiles", {}), used)
+    return shown, lines + ([Marked(fault, "bad")] if fault else [])
 
 
 def _shown(value) -> str:

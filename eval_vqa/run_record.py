@@ -19,6 +19,8 @@ __all__ = ["complete", "open_record"]
 # What may differ between two starts of one run: places, and what does not change an answer.
 MAY_DIFFER = frozenset(("on_missing", "model", "versions", "split", "files", "device", "counts", "problems"))
 
+STARTED_WITH = ("versions", "device")
+
 
 def open_record(out: Path, task: str, settings, identity: dict) -> dict:
     """The record of this run; writes OUT/run.json where there is none.
@@ -47,6 +49,14 @@ def open_record(out: Path, task: str, settings, identity: dict) -> dict:
     if different := sorted(key for key in record.keys() - MAY_DIFFER if earlier.get(key) != record[key]):
         found = "; ".join(f"{key} is {earlier.get(key)!r} there and {record[key]!r} now" for key in different)
         raise ValueError(f"{out} holds another run: {found}. Choose another --out, or remove that folder to start over")
+    # A run that goes on with another torch, or elsewhere, has answers of both: none of them is forgotten.
+    starts = earlier.get("earlier_starts", [])
+    last = {name: earlier.get(name) for name in STARTED_WITH}
+    if last != {name: record.get(name) for name in STARTED_WITH}:
+        starts = [*starts, last]
+    if starts:
+        record["earlier_starts"] = starts
+        write_json(path, {**earlier, **record}, indent=1)
     return record
 
 

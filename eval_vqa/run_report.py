@@ -18,7 +18,7 @@ from eval_vqa.json_files import read_json
 from eval_vqa.measured_run import MeasuredRun, open_run
 from eval_vqa.published import PUBLISHED
 from eval_vqa.spread import spread
-from eval_vqa.tile_view import tile_view
+from eval_vqa.tile_view import shown_or_why_not
 
 __all__ = ["Baselines", "build_report", "confusions", "main"]
 
@@ -176,7 +176,9 @@ def _picture(run: MeasuredRun, key):
     if row.get("stop_reason"):
         tiles = f"{row['tiles']} tile{'s' * (row['tiles'] > 1)}, " if row.get("tiles") else ""
         lines.append(Marked(f"{tiles}ended by {row['stop_reason']}", "quiet"))
-    return tile_view(run.questions[key].image, run.settings.get("preprocessing", {}).get("tiles", {}), row.get("tiles")), lines
+    tiles = run.settings.get("preprocessing", {}).get("tiles", {})
+    shown, fault = shown_or_why_not(run.questions[key].image, tiles, row.get("tiles"))
+    return shown, lines + ([Marked(fault, "bad")] if fault else [])
 
 
 def main(argv: list[str] | None = None) -> int:

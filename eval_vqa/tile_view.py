@@ -6,11 +6,12 @@ from PIL import Image
 
 from eval_vqa.image_files import load_image
 
-__all__ = ["tile_view"]
+__all__ = ["shown_or_why_not", "tile_view"]
 
 WIDEST_PX, CELL_PX = 456, 152  # of the whole view, and of a tile
 GAP_PX, APART_PX = 3, 10
 BETWEEN = (255, 255, 255)
+NOTHING = (225, 225, 225)  # where a picture should stand
 
 
 def tile_view(path: Path, tiles: dict, used: int | None = None) -> Image.Image:
@@ -42,3 +43,11 @@ def tile_view(path: Path, tiles: dict, used: int | None = None) -> Image.Image:
         place = (column * (size + GAP_PX), row * (size + GAP_PX)) if number < grid.tiles else (width - size, 0)
         view.paste(piece.resize((size, size), resample), place)
     return view
+
+
+def shown_or_why_not(path: Path, tiles: dict, used: int | None = None) -> tuple[Image.Image, str | None]:
+    """`tile_view`, and None; of a picture that is not there or broken, as a run with `--on-missing blank` has, a grey one and what is wrong."""
+    try:
+        return tile_view(path, tiles, used), None
+    except (FileNotFoundError, ValueError) as error:
+        return Image.new("RGB", (CELL_PX, CELL_PX), NOTHING), str(error)

@@ -35,6 +35,8 @@ def start_deepspeed(recipe: Recipe):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         keep_freed_memory()  # a step's tensors come again with the next
         torch.set_num_threads(recipe.run.threads_per_rank or max(1, cores // int(os.environ["WORLD_SIZE"])))
+    else:  # what ranks say to each other before there is an engine goes over their own GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

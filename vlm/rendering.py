@@ -122,6 +122,10 @@ class Renderer:
     def _encode(self, text: str) -> tuple[int, ...]:
         if not text:
             return ()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a pair of surrogates, as broken JSON escapes leave it
+            raise ValueError(f"the text {text[:60]!r} holds {text[error.start]!r}, which is no character; expected valid Unicode") from None
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         if not any(index in self._reserved for index in ids):
             return tuple(ids)

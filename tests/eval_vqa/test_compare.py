@@ -78,6 +78,15 @@ def test_the_command_prints_the_table_and_writes_a_page_with_pictures(runs, tmp_
     assert len(json.loads((tmp_path / "page" / "compare.json").read_text())["flipped"]) == 3
 
 
+def test_a_picture_that_is_not_there_is_said_in_its_place(runs, tmp_path, capsys):
+    """As after a run with `--on-missing blank`, or of pictures that stayed elsewhere."""
+    for picture in tmp_path.rglob("COCO_val2014_000000000002.jpg"):
+        picture.unlink()
+    assert main([str(runs[0]), str(runs[1]), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert page.count("<img") == 3 and "COCO_val2014_000000000002.jpg not found" in page
+
+
 def test_the_table_needs_no_torch(runs):
     import subprocess
     import sys

@@ -104,6 +104,17 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
         run(questions, out, grey=True)
 
 
+def test_versions_of_every_start_are_kept(tmp_path):
+    """Half of the answers from another torch: the record says so, however often it went on."""
+    questions, out = make_questions(tmp_path), tmp_path / "out"
+    for count, version in ((2, "2.11"), (4, "2.12"), (5, "2.12"), (7, "2.13")):
+        predict("vqav2", questions[:count], FakeEngine(), out, PredictSettings(), make_request=FakeRequest,
+                identity={"versions": {"torch": version}, "device": "cpu"})  # fmt: skip
+    record = json.loads((out / "run.json").read_text())
+    assert record["versions"] == {"torch": "2.13"}
+    assert [start["versions"]["torch"] for start in record["earlier_starts"]] == ["2.11", "2.12"]
+
+
 def test_a_finished_run_asks_nothing_and_keeps_its_submission(tmp_path):
     questions, out = make_questions(tmp_path), tmp_path / "out"
     run(questions, out)

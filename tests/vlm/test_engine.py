@@ -191,6 +191,12 @@ def test_a_failing_request_hurts_nobody_else(engine, tmp_path):
         list(engine.stream(ask("?", "nowhere.png")))
 
 
+def test_half_a_pair_of_surrogates_is_an_error_of_its_request(engine):
+    """As a broken escape in a JSON file leaves it; the tokenizer raises something else than ValueError."""
+    answers = engine.generate([ask("good"), ask("bad \ud83d")])
+    assert answers[0].error is None and "which is no character; expected valid Unicode" in answers[1].error
+
+
 def test_a_text_too_long_is_an_error_and_a_picture_too_large_loses_tiles(exact_model, tiny_processor):
     short = Engine(exact_model, tiny_processor, max_tokens=60)
     long, wide = short.generate([ask("word " * 100), ask("?", noise(384, 64))])
@@ -244,6 +250,12 @@ def test_threads_take_turns(engine):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "expected temperature >= 0"),
         ({"temperature": float("nan")}, "expected temperature >= 0"),
+        ({"temperature": float("inf")}, "expected temperature >= 0"),
+        ({"temperature": "hot"}, "expected temperature >= 0"),
+        ({"stop": (5,)}, r"stop is \(5,\); expected texts"),
+        ({"score_texts": {"a": 1}}, "score_texts is {'a': 1}; expected texts"),
+        ({"seed": "a"}, "seed is 'a'; expected a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"top_p": float("nan")}, "0 < top_p <= 1"),
     ],

@@ -138,8 +138,8 @@ def test_the_self_check_finds_a_broken_fork(exact_model, tiny_processor, monkeyp
 
     assert check_forked_answer(exact_model, tiny_processor, ServingDecoder(exact_model.language_model)) < 1e-4
 
-    def forgets_the_window(self, source, origins, targets):
-        fork(self, source, origins, targets)
+    def forgets_the_window(self, source, origins, targets, **how):
+        fork(self, source, origins, targets, **how)
         for tensor in self.convolution.values():
             tensor[targets] = 0.0
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import vlm.engine.prefill as prefill_module
+from vlm.decoder.slots import Slots
 from vlm.engine import Engine, Request
 
 PICTURES = [Image.effect_noise((200, 64), 90).convert("RGB"), Image.effect_noise((64, 64), 90).convert("RGB")]
@@ -171,6 +172,57 @@ def test_an_interrupt_leaves_no_request_hanging(engine, alone, monkeypatch):
     assert "KeyboardInterrupt" in other.result().error
     monkeypatch.setattr(engine._scheduler.decoder, "decode", decode)
     assert engine.generate([ask("a")])[0].text == alone(ask("a")).text
+
+
+def test_an_interrupt_while_reading_leaves_its_rows_empty(engine, alone, exact_model, monkeypatch):
+    """The buffers may have to be exchanged for narrower ones afterwards, and nobody's tokens may be in the way."""
+    encode = exact_model.encode_tiles
+    monkeypatch.setattr(exact_model, "encode_tiles", lambda pixels: (_ for _ in ()).throw(KeyboardInterrupt()))
+    other = engine.submit(ask("other", max_new_tokens=30))
+    engine.step()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([ask(f"about {number}", *PICTURES) for number in range(4)])
+    monkeypatch.setattr(exact_model, "encode_tiles", encode)
+    assert not any(engine._scheduler.slots.counts[1:]) and not any(engine._scheduler.slots.common)
+    assert other.result().text == alone(ask("other", max_new_tokens=30)).text
+    assert engine.generate([ask("a", PICTURES[0])])[0].text == alone(ask("a", PICTURES[0])).text
+
+
+def test_no_memory_for_larger_buffers_is_an_error_of_those_it_hits(engine, alone, monkeypatch):
+    """Half of the layers have new buffers then, so those who were running cannot go on; whoever comes next can."""
+    running = engine.submit(ask("running", max_new_tokens=40))
+    engine.step()
+    grow, calls = Slots.grow, []
+
+    def half(self, rows, span):
+        calls.append(rows)
+        if len(calls) == 1:
+            layer = next(iter(self.keys))
+            self.keys[layer] = self.keys[layer].new_zeros(rows, *self.keys[layer].shape[1:])
+            raise torch.OutOfMemoryError("no memory")
+        return grow(self, rows, span)
+
+    monkeypatch.setattr(Slots, "grow", half)
+    waiting = [ask(f"waiting {number}", PICTURES[0], max_new_tokens=5) for number in range(6)]
+    answers = engine.generate(waiting)
+    assert calls and running.result().error == "OutOfMemoryError: no memory"
+    assert [answer.text for answer in answers] == [alone(request).text for request in waiting]
+
+
+def test_an_error_behind_reading_costs_the_others_nothing(engine, alone, monkeypatch):
+    """Choosing a first token fails for one of a wave: all are read again, one by one, with their pictures."""
+    choose = engine._scheduler.choose
+
+    def fails(logits, tickets):
+        if any(ticket.request.max_new_tokens == 7 for ticket in tickets):
+            raise RuntimeError("no such sampling")
+        return choose(logits, tickets)
+
+    monkeypatch.setattr(engine._scheduler, "choose", fails)
+    good = [ask("one", PICTURES[0]), ask("two", PICTURES[1])]
+    answers = engine.generate([good[0], ask("bad", max_new_tokens=7), good[1]])
+    assert answers[1].error == "RuntimeError: no such sampling"
+    assert [answers[0].text, answers[2].text] == [alone(request).text for request in good]
 
 
 def test_numbers_that_are_not_finite_are_an_error_and_stay_in_their_row(engine, alone, monkeypatch):

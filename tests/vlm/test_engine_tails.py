@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vlm.assemble import assemble
-from vlm.decoder import decode_step, tails
+from vlm.decoder import decode_step, serving_attention, tails
 from vlm.decoder.serving import ServingDecoder
 from vlm.engine import Engine, Request
 from vlm.engine.memory import StateCost
@@ -99,3 +99,38 @@ def test_the_cost_with_tails_is_that_of_the_buffers(with_tails, dtype):
     slots = ServingDecoder(model.language_model).slots(3, 128, with_tails=True)
     assert slots.tails is not None
     assert StateCost.of(model.config.text_config, dtype, with_tails=True).bytes(3, 128) == slots.size_bytes()
+
+
+def test_the_self_check_looks_at_tails_and_shared_keys(exact_model, tiny_processor, with_tails, monkeypatch):
+    """A fault of either is found at start."""
+    Engine(exact_model, tiny_processor)
+    attend = serving_attention.attend_shared
+    monkeypatch.setattr(serving_attention, "attend_shared", lambda *a: attend(*a) * 1.5)
+    with pytest.raises(RuntimeError, match="the self-check failed"):
+        Engine(exact_model, tiny_processor)
+    monkeypatch.setattr(serving_attention, "attend_shared", attend)
+    scan = tails.TailStep.scan
+    monkeypatch.setattr(tails.TailStep, "scan", lambda *a: scan(*a) * 1.5)
+    with pytest.raises(RuntimeError, match="the self-check failed"):
+        Engine(exact_model, tiny_processor)
+
+
+def test_what_was_not_finite_in_a_tail_is_gone_with_its_row(exact_model, tiny_processor, with_tails, monkeypatch):
+    """A weight of 0 does not hide it: the masked places of a tail are multiplied too."""
+    engine = Engine(exact_model, tiny_processor, self_check=False)
+    requests = [ask(number, PICTURES[0], max_new_tokens=6) for number in range(4)]
+    expected = [answer.text for answer in engine.generate(requests)]
+    decode, calls = engine._scheduler.decoder.decode, []
+
+    def poisoned(tokens, slots, span, **how):
+        calls.append(1)
+        if len(calls) == 3:
+            for tail in slots.tails.layers.values():
+                for part in (tail.fed, tail.keys, tail.decay):
+                    part[1] = float("nan")
+        return decode(tokens, slots, span, **how)
+
+    monkeypatch.setattr(engine._scheduler.decoder, "decode", poisoned)
+    answers = engine.generate(requests)
+    assert "not finite" in answers[1].error and [answers[place].text for place in (0, 2, 3)] == [expected[place] for place in (0, 2, 3)]
+    assert [answer.text for answer in engine.generate(requests)] == expected

@@ -18,16 +18,18 @@ def attend_shared(
     query: Tensor, shared_keys: Tensor, shared_values: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float
 ) -> Tensor:
     """query (R, KV, r, E); shared_keys, shared_values (KV, M, E); keys, values (R, KV, S - M, E), what comes after; visible
-    (R, 1, 1, S - M) bool or None -> (R, KV, r, E). Scores and sums are made in the query's dtype, the softmax in float32 at least."""
+    (R, 1, 1, S - M) bool or None -> (R, KV, r, E). All of it is computed in float32 at least."""
     rows, heads, repeats, width = query.shape
+    dtype = query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    query, shared_keys, shared_values, keys, values = (each.to(wide) for each in (query, shared_keys, shared_values, keys, values))
     query = query * scale
     together = query.transpose(0, 1).reshape(heads, rows * repeats, width)
     shared = torch.bmm(together, shared_keys.mT).view(heads, rows, repeats, -1).transpose(0, 1)
     own = torch.matmul(query, keys.mT)
     if visible is not None:
         own = own.masked_fill(~visible, float("-inf"))
-    wide = torch.promote_types(query.dtype, torch.float32)
-    weights = torch.cat([shared, own], dim=-1).softmax(-1, dtype=wide).to(query.dtype)
+    weights = torch.cat([shared, own], dim=-1).softmax(-1)
     shared, own = weights.split([shared_keys.shape[1], keys.shape[2]], dim=-1)
     out = torch.bmm(shared.transpose(0, 1).reshape(heads, rows * repeats, -1), shared_values)
-    return out.view(heads, rows, repeats, width).transpose(0, 1) + torch.matmul(own, values)
+    return (out.view(heads, rows, repeats, width).transpose(0, 1) + torch.matmul(own, values)).to(dtype)

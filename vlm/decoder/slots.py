@@ -195,8 +195,12 @@ class Slots:
             self.lengths[row] = 0
 
     def scrub(self, rows: list[int]) -> None:
-        """`clear`, keys and values too: after a row of non-finite numbers, which even a weight of 0 would carry on."""
+        """`clear`, keys, values and tails too: after a row of non-finite numbers, which even a weight of 0 would carry on."""
+        if not rows:
+            return
         self.clear(rows)
+        if self.tails is not None:
+            self.tails.scrub(torch.tensor(rows, device=self.lengths.device))
         for part in (self.keys, self.values):
             for tensor in part.values():
                 tensor.index_fill_(0, torch.tensor(rows, device=self.lengths.device), 0.0)

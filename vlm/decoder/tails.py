@@ -100,6 +100,12 @@ class Tails:
             used = tail.first(longest)
             tail.write(targets, Tail(*(part.index_select(0, origins) for part in (used.fed, used.keys, used.decay))))
 
+    def scrub(self, rows: Tensor) -> None:
+        """Set rows to zero."""
+        for tail in self.layers.values():
+            for part in (tail.fed, tail.keys, tail.decay):
+                part.index_fill_(0, rows, 0.0)
+
     def size_bytes(self) -> int:
         parts = [part for tail in self.layers.values() for part in (tail.fed, tail.keys, tail.decay)]
         return sum(part.numel() * part.element_size() for part in parts)

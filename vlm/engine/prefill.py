@@ -83,10 +83,10 @@ class Prefill:
                 if pieces[parent].owner != piece.owner:
                     ticket.shared_tokens += pieces[parent].end - pieces[parent].start
                 parent = pieces[parent].parent
+        if nodes is not None:
+            nodes.common = [None] * nodes.rows  # those who go on from these rows need not hold what these went on from
         logits = self.mask(self.decoder.logits(last))
         self._score(tickets, logits, slots, rows)
-        for ticket in tickets:
-            ticket.prompt.pixels = None  # a caller may hold the ticket for long
         return logits
 
     def mask(self, logits: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What is asked and what is answered: the two data classes that evaluation, demo and server share with the engine."""
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["Answer", "Request"]
@@ -26,13 +27,21 @@ class Request:
     thinking: bool | None = None
 
     def __post_init__(self):
+        for name in ("max_new_tokens", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None) or (value is None and name != "seed"):
+                raise ValueError(f"{name} is {value!r}; expected a whole number")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1:  # so written, NaN is refused too
+        numbers = all(isinstance(value, int | float) for value in (self.temperature, self.top_p))
+        if not numbers or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:  # so written, NaN is refused too
             raise ValueError(f"temperature is {self.temperature} and top_p {self.top_p}; expected temperature >= 0 and 0 < top_p <= 1")
         for name in ("stop", "score_texts"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
+            texts = getattr(self, name)
+            texts = () if texts is None else (texts,) if isinstance(texts, str) else texts
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name} is {texts!r}; expected texts")
+            object.__setattr__(self, name, tuple(texts))
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,7 @@ class Scheduler:
             logits = self.prefill.read(wave, self.slots, rows, left)
             tokens = self.choose(logits, wave)
         except Exception as error:  # out of memory, a tile that cannot be encoded: the others go on
-            if self.slots is not None:
-                self.slots.scrub([row for row in rows if row < self.slots.rows])
+            self._scrub(rows)
             if len(wave) > 1:
                 for ticket in wave:
                     self._read([ticket])
@@ -143,11 +142,19 @@ class Scheduler:
                 wave[0].fail(_said_by(error))
             return
         except BaseException as error:  # Ctrl-C: nobody may wait for these any more
+            self._scrub(rows)
             for ticket in wave:
                 ticket.fail(_said_by(error))
             raise
+        for ticket in wave:
+            ticket.prompt.pixels = None  # a caller may hold the ticket for long
         self.running += wave
         self._take(wave, tokens)
+
+    def _scrub(self, rows: list[int]) -> None:
+        """Rows that reading has half written."""
+        if self.slots is not None:
+            self.slots.scrub([row for row in rows if row < self.slots.rows])
 
     def _reserve(self, wave: list[Ticket]) -> int:
         """Buffers for all that run and `wave`, with room for more where the budget allows; returns the bytes that are left."""
@@ -166,8 +173,13 @@ class Scheduler:
         if self.slots is None:
             self.slots = self.decoder.slots(*chosen, with_tails=True)
         elif chosen != (self.slots.rows, self.slots.span):
-            self.slots.grow(*chosen)
-        return self.budget_bytes - self.cost.bytes(*chosen) - self._held_bytes()
+            try:
+                self.slots.grow(*chosen)
+            except BaseException as error:  # out of memory: some layers' buffers are exchanged and some are not
+                self._fail_running(error)
+                raise
+        forks = self.cost.bytes(self._forks(wave), rounded_span(max(len(ticket.prompt) for ticket in wave)))
+        return self.budget_bytes - self.cost.bytes(*chosen) - self._held_bytes() - forks
 
     def _decode(self) -> None:
         running = self.running
@@ -180,15 +192,18 @@ class Scheduler:
             self.slots.advance(list(range(len(running))), [1] * len(running))
             chosen = self.choose(logits, running)
         except BaseException as error:
-            # The rows are half written: none of them can go on.
-            for ticket in running:
-                ticket.fail(_said_by(error))
-            self.running = []
-            self.slots = None
+            self._fail_running(error)
             if not isinstance(error, Exception):
                 raise
             return
         self._take(running, chosen)
+
+    def _fail_running(self, error: BaseException) -> None:
+        """Their rows are half written: none of them can go on."""
+        for ticket in self.running:
+            ticket.fail(_said_by(error))
+        self.running = []
+        self.slots = None
 
     def choose(self, logits, tickets):
         """The next token of each; apart so that tests can speak for the model."""

@@ -9,6 +9,7 @@ from PIL import Image
 from ..decoder.layers import run_layers
 from ..decoder.layout import Layout
 from ..decoder.serving import ServingDecoder
+from ..decoder.slots import Common
 from ..modeling import VisionLanguageModel
 from ..processing import VLMProcessor
 
@@ -43,11 +44,12 @@ def check_forked_answer(model: VisionLanguageModel, processor: VLMProcessor, dec
     expected = torch.stack(expected)
 
     # 2. The engine's way: all but the last token as a forked prefill, the last one as a decoding step.
-    slots = decoder.slots(3, max(len(row) for row in ids))
-    decoder.prefill(model.embed(ids[0][None, :prefix], visual_tokens=visual)[0], slots, [2], [prefix])
-    slots.fork(slots, [2, 2], [0, 1])
+    origin, slots = decoder.slots(1, prefix), decoder.slots(2, max(len(row) for row in ids), with_tails=True)
+    decoder.prefill(model.embed(ids[0][None, :prefix], visual_tokens=visual)[0], origin, [0], [prefix])
+    slots.fork(origin, [0, 0], [0, 1], with_ssm=False)
     rest = [row[prefix:-1] for row in ids]
-    decoder.prefill(model.embed(torch.cat(rest)[None])[0], slots, [0, 1], [len(row) for row in rest])
+    common = Common(origin, 0, prefix)
+    decoder.prefill(model.embed(torch.cat(rest)[None])[0], slots, [0, 1], [len(row) for row in rest], common=common)
     found = decoder.decode(torch.stack([row[-1] for row in ids]), slots, max(slots.counts[:2]) + 1)
 
     difference = float(((found - expected).abs().max() / expected.std().clamp_min(1e-12)).nan_to_num(nan=float("inf")))
