@@ -6,9 +6,13 @@ A mix: 2 to 40 requests of random pictures, texts, lengths and turns, greedy or 
 some continue a kept conversation; batch size and memory are random too. Alone: a fresh engine that has read nothing else. Where an
 answer differs, the gap between the two best logits at the first different token is stated; below 1e-3 rounding may decide.
 Writes benchmarks/results/same_answers.{md,json}.
+
+Every mix is run twice: as the engine is, and with the ways that it takes where states or shared pasts are large (rows without a state of
+their own, vlm/decoder/tails.py; shared keys read once, shared_attention.py), which a small model would never see.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import random
@@ -23,6 +27,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from vlm.checkpoint import load_model  # noqa: E402
+from vlm.decoder import decode_step, tails  # noqa: E402
 from vlm.engine import Engine, Request  # noqa: E402
 from vlm.files import write_whole  # noqa: E402
 
@@ -51,7 +56,7 @@ def random_request(draw: random.Random, pictures: list) -> Request:
 
 def run_mix(engine: Engine, draw: random.Random, requests: list[Request]) -> list:
     """Submit them in bursts between steps, cancel one in ten on the way; -> tickets, all over."""
-    tickets, late = [], list(requests)
+    tickets, late, most = [], list(requests), 0
     while late or any(ticket.answer is None for ticket in tickets):
         for _ in range(min(len(late), draw.choice((0, 0, 1, 3, len(late))))):
             tickets.append(engine.submit(late.pop(0), keep=draw.random() < 0.5))
@@ -59,7 +64,8 @@ def run_mix(engine: Engine, draw: random.Random, requests: list[Request]) -> lis
             if ticket.answer is None and draw.random() < 0.01:
                 ticket.cancel()
         engine.step()
-    return tickets
+        most = max(most, sum(engine._scheduler.slots.is_tail) if engine._scheduler.slots is not None else 0)
+    return tickets, most
 
 
 @torch.inference_mode()
@@ -74,19 +80,37 @@ def logit_gap(engine: Engine, request: Request, said: tuple[int, ...]) -> float:
     return float(best[0] - best[1])
 
 
+@contextlib.contextmanager
+def as_for_large_states(wanted: bool):
+    """Tails and shared keys for any size of state and of shared past."""
+    before = tails.LEAST_STATE_BYTES, decode_step.LEAST_SHARED_ELEMENTS
+    if wanted:
+        tails.LEAST_STATE_BYTES = decode_step.LEAST_SHARED_ELEMENTS = 1
+    try:
+        yield
+    finally:
+        tails.LEAST_STATE_BYTES, decode_step.LEAST_SHARED_ELEMENTS = before
+
+
 def compare_mixes(model, processor, pictures: list, mixes: int, seed: int = 0) -> dict:
     """Counts of answers: compared, cancelled, different at a near tie, wrong (with what was found)."""
     draw = random.Random(seed)
-    counts = {"mixes": mixes, "answers": 0, "tokens": 0, "cancelled": 0, "shared_tokens": 0, "near_ties": 0, "wrong": []}
+    counts = {"mixes": mixes, "answers": 0, "tokens": 0, "cancelled": 0, "shared_tokens": 0, "near_ties": 0, "mixes_with_tails": 0,
+              "wrong": []}  # fmt: skip
     for number in range(mixes):
         some = draw.sample(pictures, k=min(len(pictures), draw.randint(1, 6)))
         requests = [random_request(draw, some) for _ in range(draw.randint(2, 40))]
         memory = draw.choice((2**28, 2**24))
-        engine = Engine(model, processor, max_batch=draw.choice((1, 3, 8, 64)), memory_bytes=memory, self_check=False)
-        tickets = run_mix(engine, draw, requests)
-        for request, ticket in zip(requests, tickets, strict=True):
-            alone = Engine(model, processor, max_batch=1, memory_bytes=2**28, self_check=False).generate([request])[0]
-            found = ticket.answer
+        batch, drawn = draw.choice((1, 3, 8, 64)), random.Random(draw.random())
+        alones = [Engine(model, processor, max_batch=1, memory_bytes=2**28, self_check=False).generate([each])[0] for each in requests]
+        pairs = []
+        for large in (False, True):
+            with as_for_large_states(large):
+                engine = Engine(model, processor, max_batch=batch, memory_bytes=memory, self_check=False)
+                tickets, most = run_mix(engine, drawn, requests)
+            counts["mixes_with_tails"] += most > 0
+            pairs += [(request, ticket.answer, alone) for request, ticket, alone in zip(requests, tickets, alones, strict=True)]
+        for request, found, alone in pairs:
             counts["answers"] += 1
             counts["tokens"] += found.generated_tokens
             counts["shared_tokens"] += found.shared_tokens
@@ -121,7 +145,8 @@ def main() -> int:
     counts = compare_mixes(model, processor, pictures, options.mixes, options.seed)
     summary = (
         f"{counts['mixes']} mixes, {counts['answers']} answers of {counts['tokens']} tokens ({counts['cancelled']} cancelled; "
-        f"{counts['shared_tokens']} prompt tokens shared): {len(counts['wrong'])} differ from the single run, "
+        f"{counts['shared_tokens']} prompt tokens shared; rows without a state of their own in {counts['mixes_with_tails']} mixes): "
+        f"{len(counts['wrong'])} differ from the single run, "
         f"{counts['near_ties']} more at a gap of the two best logits below {NEAR_TIE:g}"
     )
     print(summary)

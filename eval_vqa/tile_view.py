@@ -46,7 +46,7 @@ def tile_view(path: Path, tiles: dict, used: int | None = None) -> Image.Image:
 
 
 def shown_or_why_not(path: Path, tiles: dict, used: int | None = None) -> tuple[Image.Image, str | None]:
-    """`tile_view`, and None; of a picture that is not there or broken, as a run with `--on-missing blank` has, a grey one and what is wrong."""
+    """`tile_view`, and None; of a picture that is not there or broken (a run may go on without it) a grey one, and what is wrong."""
     try:
         return tile_view(path, tiles, used), None
     except (FileNotFoundError, ValueError) as error:

@@ -25,4 +25,6 @@ def test_it_is_attention_over_copies(even, dtype):
     mask = None if even else torch.cat([torch.ones(rows, 1, 1, shared, dtype=torch.bool), visible], dim=-1)
     expected = F.scaled_dot_product_attention(query.double(), *(each.double() for each in copies), attn_mask=mask, scale=0.3)
     # in bfloat16 nothing but the result is rounded
-    torch.testing.assert_close(found.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2**-8, atol=1e-12 if dtype == torch.float64 else 1e-5)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2**-8, atol=1e-12 if dtype == torch.float64 else 1e-5
+    )

@@ -174,15 +174,15 @@ def test_an_interrupt_leaves_no_request_hanging(engine, alone, monkeypatch):
     assert engine.generate([ask("a")])[0].text == alone(ask("a")).text
 
 
-def test_an_interrupt_while_reading_leaves_its_rows_empty(engine, alone, exact_model, monkeypatch):
+def test_an_interrupt_while_reading_leaves_its_rows_empty(engine, alone, monkeypatch):
     """The buffers may have to be exchanged for narrower ones afterwards, and nobody's tokens may be in the way."""
-    encode = exact_model.encode_tiles
-    monkeypatch.setattr(exact_model, "encode_tiles", lambda pixels: (_ for _ in ()).throw(KeyboardInterrupt()))
+    choose = engine._scheduler.choose
     other = engine.submit(ask("other", max_new_tokens=30))
     engine.step()
+    monkeypatch.setattr(engine._scheduler, "choose", lambda logits, tickets: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         engine.generate([ask(f"about {number}", *PICTURES) for number in range(4)])
-    monkeypatch.setattr(exact_model, "encode_tiles", encode)
+    monkeypatch.setattr(engine._scheduler, "choose", choose)
     assert not any(engine._scheduler.slots.counts[1:]) and not any(engine._scheduler.slots.common)
     assert other.result().text == alone(ask("other", max_new_tokens=30)).text
     assert engine.generate([ask("a", PICTURES[0])])[0].text == alone(ask("a", PICTURES[0])).text

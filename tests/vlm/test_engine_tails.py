@@ -101,6 +101,22 @@ def test_the_cost_with_tails_is_that_of_the_buffers(with_tails, dtype):
     assert StateCost.of(model.config.text_config, dtype, with_tails=True).bytes(3, 128) == slots.size_bytes()
 
 
+def test_the_common_state_of_running_rows_counts_as_used(exact_model, tiny_processor, with_tails):
+    """Once, whoever holds it, and as long as somebody does."""
+    engine = Engine(exact_model, tiny_processor, self_check=False)
+    for number in range(4):
+        engine.submit(ask(number, PICTURES[0], max_new_tokens=3 + number), keep=False)
+    engine.step()
+    scheduler = engine._scheduler
+    source = scheduler.slots.common[0].source
+    assert len(scheduler.running) == 4 and all(common.source is source for common in scheduler.slots.common[:4])
+    used = scheduler._need(4, 64, [])
+    assert used == scheduler.cost.bytes(4, 64) + source.size_bytes()
+    while engine.step():
+        pass
+    assert scheduler._need(4, 64, []) == scheduler.cost.bytes(4, 64) and not any(scheduler.slots.common)
+
+
 def test_the_self_check_looks_at_tails_and_shared_keys(exact_model, tiny_processor, with_tails, monkeypatch):
     """A fault of either is found at start."""
     Engine(exact_model, tiny_processor)
@@ -133,4 +149,7 @@ def test_what_was_not_finite_in_a_tail_is_gone_with_its_row(exact_model, tiny_pr
     monkeypatch.setattr(engine._scheduler.decoder, "decode", poisoned)
     answers = engine.generate(requests)
     assert "not finite" in answers[1].error and [answers[place].text for place in (0, 2, 3)] == [expected[place] for place in (0, 2, 3)]
-    assert [answer.text for answer in engine.generate(requests)] == expected
+    # Who comes into that row has less in its tail than its neighbours: what lies behind it is masked, and must be numbers.
+    later = [ask(number, PICTURES[0], max_new_tokens=6) for number in (10**12, 1, 10**13, 10**14)]
+    expected = [Engine(exact_model, tiny_processor, self_check=False).generate([request])[0] for request in later]
+    assert [answer.text for answer in engine.generate(later)] == [answer.text for answer in expected]

@@ -4,6 +4,7 @@ Letters: R rows, S slots looked at.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,15 +20,15 @@ LEAST_SHARED_ELEMENTS = 2**18
 
 @dataclass(frozen=True)
 class Step:
-    """rows: how many go on; index: (R,) 0 to R - 1; lengths: (R,) the slot each writes to; visible: (R, 1, 1, S) bool, or None when all see
-    all S. tails: stretches of rows, each with the state and the step of its tails, or with None where states stand in the rows.
+    """rows: how many go on; index: (R,) 0 to R - 1; lengths: (R,) the slot each writes to; even: all of them see all S.
+    tails: stretches of rows, each with the state and the step of its tails, or with None where states stand in the rows.
     sharing: stretches of rows, each with the row whose first slots all of them hold copies of, or None."""
 
     rows: int
     span: int
     index: Tensor
     lengths: Tensor
-    visible: Tensor | None
+    even: bool
     tails: list[tuple[slice, Common | None, TailStep | None]]
     sharing: list[tuple[slice, Common | None]]
 
@@ -35,12 +36,18 @@ class Step:
     def of(cls, slots: Slots, rows: int, span: int, *, even: bool) -> "Step":
         device = slots.lengths.device
         lengths = slots.lengths[:rows]
-        visible = None if even else (torch.arange(span, device=device)[None] <= lengths[:, None])[:, None, None]
         tails = []
         for some, common in slots.stretches(rows, of_tails=True):
             counts = None if common is None else [slots.tail_length(row) for row in range(some.start, some.stop)]
             tails.append((some, common, None if counts is None else TailStep.of(some, counts, device)))
-        return cls(rows, span, torch.arange(rows, device=device), lengths, visible, tails, cls._sharing(slots, rows))
+        return cls(rows, span, torch.arange(rows, device=device), lengths, even, tails, cls._sharing(slots, rows))
+
+    @cached_property
+    def visible(self) -> Tensor | None:
+        """(R, 1, 1, S) bool, or None when all see all S. The attention layers alone ask for it."""
+        if self.even:
+            return None
+        return (torch.arange(self.span, device=self.lengths.device)[None] <= self.lengths[:, None])[:, None, None]
 
     @staticmethod
     def _sharing(slots: Slots, rows: int) -> list[tuple[slice, Common | None]]:
