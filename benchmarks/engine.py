@@ -192,8 +192,8 @@ def report(facts: dict, parameters: dict, rows: list[dict], contexts: dict) -> s
             "",
             "## Decoding, milliseconds a step",
             "",
-            "CPU time of one step for all rows; the state is filled with random numbers. A model whose weights stay in the processor's cache",
-            "(tiny's do) finds them there at short contexts and not behind the keys of long ones: its rest grows by that.",
+            "CPU time of one step for all rows; the state is filled with random numbers. A model whose weights stay in the processor's",
+            "cache (tiny's do) finds them there at short contexts and not behind the keys of long ones: its rest grows by that.",
             "",
         ]
         lines += ["| model | rows | context | whole step | attention layers | the rest |", "|---|---|---|---|---|---|"]

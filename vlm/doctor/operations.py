@@ -13,6 +13,7 @@ import torch
 from ..decoder.convolution import causal_convolution
 from ..decoder.layout import Layout
 from ..decoder.ssd import chunk_scan, recurrent_scan, state_update
+from ..decoder.step_kernel import step_probe
 from .check import Check, measured
 
 __all__ = ["convolution", "installed", "kernels", "scan"]
@@ -48,7 +49,7 @@ def kernels(device: torch.device) -> Iterator[Check]:
         yield Check("scan path", "plain PyTorch", True)
         return
     yield Check("scan path", module.describe(device), True)
-    for name, figure, ok in module.probe(device):
+    for name, figure, ok in [*module.probe(device), *step_probe(device)]:
         yield Check(f"probe: {name}", str(figure), bool(ok))
 
 
