@@ -119,7 +119,8 @@ def test_kernels_report_through_the_doctor(monkeypatch):
     monkeypatch.setitem(sys.modules, "vlm.decoder.kernels", module)
     monkeypatch.setattr(vlm.decoder, "kernels", module, raising=False)
     checks = list(operations.kernels(torch.device("cpu")))
-    assert [check.ok for check in checks] == [True, True, False] and "ignores seq_idx" in checks[0].figure
+    assert [check.ok for check in checks[:3]] == [True, True, False] and "ignores seq_idx" in checks[0].figure
+    assert len(checks) == 5 and all(check.ok and "a step" in check.name for check in checks[3:])  # and the step of decoding
 
 
 def test_ssm_parameters_in_half_precision_are_seen(patient, monkeypatch):

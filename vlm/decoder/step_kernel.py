@@ -1,8 +1,8 @@
 """Which code makes one step of the recurrence on a GPU: an installed kernel that passed its probe, or plain PyTorch.
 
-`scan_step` passes over the states three times; mamba-ssm's `selective_state_update` does so once, and states are most of what a decoding
-step moves. It adds in float32 whatever the model's dtype, as `scan_step` does. As with the scan (kernels.py), an installed kernel is compared
-with float64 before it is used at all.
+`scan_step` passes over the states three times; mamba-ssm's `selective_state_update` does so once, and states are most of what a
+decoding step moves. It adds in float32 whatever the model's dtype, as `scan_step` does. As with the scan (kernels.py), an installed kernel
+is compared with float64 before it is used at all.
 
 Letters: R rows, H heads, P head width, G groups, N state.
 """
@@ -32,7 +32,7 @@ def _triton_step(x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: T
 
 
 def step_findings(step: Callable, device) -> list[Finding]:
-    """Compare any function with the arguments of `scan_step` to `scan_step` in float64, three tokens long: (what, figure, whether it holds)."""
+    """Compare a function with the arguments of `scan_step` to it in float64, three tokens long: (what, figure, whether it holds)."""
     rows, heads, width, groups, size = 3, 4, 32, 2, 32
     generator = torch.Generator().manual_seed(0)
 
