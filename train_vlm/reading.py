@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from train_vlm.json_files import json_lines
 from train_vlm.plain_text import prepare_text
 from train_vlm.recipe import Source
 from vlm.processing import VLMProcessor
@@ -41,7 +42,7 @@ class ShardedSource:
             if not index.is_file():
                 raise ValueError(f"shard {shard} has no index {index.name}; write the shards again")
             try:
-                self.entries += [(shard, json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines()]
+                self.entries += [(shard, json.loads(line)) for _, line in json_lines(index.read_text(encoding="utf-8"))]
             except ValueError as error:
                 raise ValueError(f"index {index} is damaged ({error}); write the shards again") from error
         found = len(self.entries)
