@@ -29,7 +29,8 @@ def _image_members(entry: dict) -> list[str]:
 
 
 class ShardedSource:
-    """All samples of a folder of shards. Raises FileNotFoundError / ValueError when folder, shard or index is missing or empty."""
+    """All samples of a folder of shards. Raises FileNotFoundError / ValueError when folder, shard, index or summary is missing or empty, or
+    when the summary counts other samples: what a conversion that was stopped leaves behind."""
 
     def __init__(self, folder: str | Path, at_most_tiles: int | None = None):
         self.folder = Path(folder)
@@ -51,6 +52,7 @@ class ShardedSource:
         self.left_out = found - len(self.entries)
         if not self.entries:
             raise ValueError(f"the shards in {folder} hold {found} samples, none of at most {at_most_tiles} tiles")
+        self.skipped = self._checked_summary(found)["skipped"]
         self._files: OrderedDict[Path, io.BufferedReader] = OrderedDict()
 
     def __len__(self) -> int:
@@ -65,14 +67,24 @@ class ShardedSource:
     def __del__(self):
         self.close()
 
+    def _checked_summary(self, found: int) -> dict:
+        """summary.json, which a conversion writes last. `found`: samples in the indexes."""
+        path, again = self.folder / "summary.json", "convert its samples again (python -m train_vlm.shards convert)"
+        if not path.is_file():
+            raise ValueError(f"{self.folder} holds {found} samples and no summary.json: the conversion was not finished; {again}")
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            counted, _ = summary["samples"], summary["skipped"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
+        if counted != found:
+            raise ValueError(f"the indexes in {self.folder} list {found} samples, its summary.json {counted}; {again}")
+        return summary
+
     def never_read(self) -> dict[str, int]:
         """What is not read at all: left out by `at_most_tiles`, and by reason when the shards were written."""
         counts = {"more tiles than at_most_tiles": self.left_out} if self.left_out else {}
-        try:
-            skipped = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))["skipped"]
-        except (OSError, ValueError, KeyError):
-            skipped = {}  # shards written by something else
-        return counts | {f"{reason} when the shards were written": count for reason, count in skipped.items()}
+        return counts | {f"{reason} when the shards were written": count for reason, count in self.skipped.items()}
 
     def _read(self, shard: Path, place: list[int]) -> bytes:
         if shard not in self._files:
