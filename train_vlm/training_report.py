@@ -34,12 +34,15 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) if (folder / "summary.json").is_file() else {}
     name = folder.name.removesuffix(".log")
     page = Report(f"Training of {name}", summary.get("command"))
-    last = lines[-1] if lines else {}
+    steps = [line for line in lines if "loss" in line]  # beside lines of events, and of a look at the held-out loss alone
+    last = {key: value for line in lines for key, value in line.items()}
     figures = [("steps", last.get("step")), ("loss, smoothed", last.get("smooth_loss")), ("held-out loss", last.get("heldout_loss")),
                ("minutes", summary["seconds"] / 60 if "seconds" in summary else None), ("MFU %", last.get("mfu_percent")),
                ("waiting for data %", summary.get("waiting_for_data_percent")), ("GB of memory", last.get("memory_gb"))]  # fmt: skip
     page.figures([(label, value) for label, value in figures if value is not None], decimals=2)
-    if len(lines) > 1:
+    if not steps:
+        page.text("No step was logged: the run ended before its first line (run.log_every), so that there are no curves.")
+    if len(steps) > 1:
         page.heading("Loss").text("Per supervised token; by source, the mean since the line before.")
         page.curves(_curves(lines, ["loss", "heldout_loss"]), "step", "loss", smooth=9, log_y=True)
         by_source = _curves(lines, _keys(lines, "loss/") + _keys(lines, "heldout_loss/"))
