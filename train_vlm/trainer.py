@@ -98,7 +98,8 @@ def train(recipe: Recipe) -> Path:
         return found
 
     try:
-        while (place := progress.position(at.step))[0] < place[1]:
+        place = progress.position(at.step)
+        while place[0] < place[1]:
             # 1. Read.
             begun = time.monotonic()
             micro = [next(batches) for _ in range(recipe.data.micro_batches)]
@@ -130,7 +131,8 @@ def train(recipe: Recipe) -> Path:
             # 3. Tell, and look at what is not trained on.
             log.set_total(progress.expected_steps(at.step))
             log.advance()
-            is_last = at.step == recipe.run.steps
+            place = progress.position(at.step)  # asked here, so that the last step of a run in minutes is known as such, too
+            is_last = place[0] >= place[1]
             looks = run.heldout is not None and recipe.run.heldout_every is not None and at.step % recipe.run.heldout_every == 0
             if at.step % recipe.run.log_every == 0 or is_last or looks:
                 line = {"loss": done.loss, "smooth_loss": at.smooth_loss, "supervised_tokens": tokens, "step_seconds": times[-1],
@@ -169,8 +171,9 @@ def train(recipe: Recipe) -> Path:
     if rank == 0:
         page = write_training_report(log_folder)
         waiting = 100 * at.waiting_seconds / max(at.spent_seconds, 1e-9)
+        loss = "no loss" if at.smooth_loss is None else f"loss {at.smooth_loss:.3f}"
         print(
-            f"{ledger.text()}\n{at.step} steps in {at.spent_seconds:.0f} s, loss {at.smooth_loss:.3f}, {waiting:.0f} % waiting for data; "
+            f"{ledger.text()}\n{at.step} steps in {at.spent_seconds:.0f} s, {loss}, {waiting:.0f} % waiting for data; "
             f"model at {out}, report at {page}",
             flush=True,
         )
