@@ -159,11 +159,25 @@ class SampleStream(torch.utils.data.Dataset):
 
     def locate(self, position: int) -> tuple[int, int]:
         """(source, sample number) at a position of the stream."""
+        source, epoch, within = self._place(position)
+        return source, self._order(source, epoch)[within]
+
+    def _place(self, position: int) -> tuple[int, int, int]:
         cycle, place = divmod(position, len(self.cycle))
         source = self.cycle[place]
         drawn = cycle * self.per_cycle[source] + self.rank_in_cycle[place]
-        epoch, within = divmod(drawn, len(self.sources[source]))
-        return source, self._order(source, epoch)[within]
+        return source, *divmod(drawn, len(self.sources[source]))
+
+    def once(self, most: int) -> list[tuple[int, int]]:
+        """(source, sample number) of the first `most` samples of the stream without a repeat: a source that was read through gives no
+        more, and all of them give no more than they have."""
+        found, position, wanted = [], 0, min(most, sum(map(len, self.sources)))
+        while len(found) < wanted:
+            source, epoch, within = self._place(position)
+            if epoch == 0:
+                found.append((source, self._order(source, 0)[within]))
+            position += 1
+        return found
 
     def _order(self, source: int, epoch: int) -> list[int]:
         key = (source, epoch)

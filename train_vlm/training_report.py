@@ -36,7 +36,8 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
     page = Report(f"Training of {name}", summary.get("command"))
     steps = [line for line in lines if "loss" in line]  # beside lines of events, and of a look at the held-out loss alone
     last = {key: value for line in lines for key, value in line.items()}
-    figures = [("steps", last.get("step")), ("loss, smoothed", last.get("smooth_loss")), ("held-out loss", last.get("heldout_loss")),
+    heldout = summary.get("heldout_loss", last.get("heldout_loss"))
+    figures = [("steps", last.get("step")), ("loss, smoothed", last.get("smooth_loss")), ("held-out loss", heldout),
                ("minutes", summary["seconds"] / 60 if "seconds" in summary else None), ("MFU %", last.get("mfu_percent")),
                ("waiting for data %", summary.get("waiting_for_data_percent")), ("GB of memory", last.get("memory_gb"))]  # fmt: skip
     page.figures([(label, value) for label, value in figures if value is not None], decimals=2)
@@ -61,7 +62,13 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
     if summary.get("fp8"):
         page.heading("FP8").table(["place", "weight", "shape", "state, with the guard's last figure"], summary["fp8"])
     if "ledger" in summary:
-        _ledger(page, summary["ledger"])
+        _ledger(page.heading("What was read"), summary["ledger"])
+    if "heldout" in summary:
+        page.heading("Held-out samples").text(f"Read at step {summary['heldout_step']}, each once at most; not trained on.")
+        _ledger(page, summary["heldout"])
+        losses = {key.partition("/")[2]: value for key, value in summary.items() if key.startswith("heldout_loss/")}
+        if losses:
+            page.table(["source", "held-out loss"], [[name, loss] for name, loss in losses.items()], decimals=3)
     if "recipe" in summary:
         page.heading("Recipe").code(summary["recipe"])
     return page.write(folder)
@@ -97,7 +104,6 @@ def _language(page: Report, folders: list[Path]) -> None:
 
 
 def _ledger(page: Report, ledger: dict) -> None:
-    page.heading("What was read")
     sources = ledger["sources"]
     columns = [key for key in sources[0] if key not in ("source", "left_out") and any(row[key] for row in sources)]
     page.table(

@@ -161,6 +161,13 @@ def cut_in_step(bench: Bench, recipe: Recipe, step: int) -> list[str]:
     return left
 
 
+def scalar_names(folder: Path) -> list[str]:
+    """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+
+
 def cut_by_the_clock(bench: Bench, out: Path, shards: str, model: str) -> dict:
     """A run in minutes whose steps take half a second by a clock of our own, stopped in its fourth step, and gone on with a day later; one
     of half the time that logs rarely (`rare`), and one that has no time for a step (`none`)."""
@@ -195,6 +202,7 @@ def cut_by_the_clock(bench: Bench, out: Path, shards: str, model: str) -> dict:
     folders = {key: out.with_name(f"{name}.log") for key, name in names.items()}
     found = {f"{key}log": read_log(out.with_name(name)) for key, name in names.items()}
     found |= {f"{key}summary": json.loads((folder / "summary.json").read_text()) for key, folder in folders.items()}
+    found["rare_scalars"] = scalar_names(folders["rare_"] / "tensorboard")
     return found | {f"{key}report": (folder / "report.md").read_text() for key, folder in folders.items()}
 
 

@@ -253,6 +253,18 @@ def test_the_last_step_of_a_run_in_minutes_is_logged(seen):
     assert results["timed"]["rare_summary"]["steps"] == 6 and [line["step"] for line in results["timed"]["rare_log"]] == [4, 6]
 
 
+def test_the_heldout_loss_at_the_end_is_told_wherever_other_losses_are(seen):
+    """With `heldout_every: null` it stood in summary.json alone. Five of eight samples, read once; the broken one is counted if met."""
+    results, _ = seen
+    line, summary = results["timed"]["rare_log"][-1], results["timed"]["rare_summary"]
+    assert "heldout_loss" not in results["timed"]["rare_log"][0] and summary["heldout_step"] == 6
+    assert line["heldout_loss"] == summary["heldout_loss"] > 1 and line["heldout_loss/shards"] == line["heldout_loss"]
+    assert line["heldout_samples"] + line["heldout_skipped"] == summary["heldout"]["sources"][0]["seen"] == 5
+    assert {"heldout_loss", "heldout_loss/shards", "heldout_skipped"} <= set(results["timed"]["rare_scalars"])
+    report = results["timed"]["rare_report"]
+    assert "held-out loss" in report and f"{line['heldout_loss']:.2f}" in report and "Held-out samples" in report
+
+
 def test_a_run_without_time_for_a_step_ends_with_a_report_that_says_so(seen):
     results, _ = seen
     found = results["timed"]

@@ -39,3 +39,15 @@ def test_lines_of_events_hide_no_figure(report):
     """The last line may be one of the FP8 guard: steps and losses are those of the last line that has them."""
     words = report([step(1), step(2, smooth_loss=2.25), EVENT | {"step": 2}])
     assert "No step was logged" not in words and "2.25" in words and "31.5" in words
+
+
+ROW = {"source": "val", "seen": 95, "broken": 3, "too long": 0, "tokens": 900, "left_out": {}}
+
+
+def test_the_heldout_loss_stands_in_the_page_with_what_was_skipped(report):
+    """Measured at the end only, it is in no line but perhaps the last, and what was dropped was counted nowhere."""
+    account = {"sources": [ROW, {**ROW, "source": "val-2", "broken": 7}], "examples": {"1: broken": ["x: no image"]}, "stream": ""}
+    found = {"heldout_loss": 1.2345, "heldout_loss/val": 1.125, "heldout_loss/val-2": 1.375, "heldout": account, "heldout_step": 2}
+    words = report([step(1), step(2)], found)
+    assert "1.23" in words and "Read at step 2" in words and "1.125" in words and "1.375" in words
+    assert "val-2" in words and "broken" in words and "x: no image" in words
