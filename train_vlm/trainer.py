@@ -53,7 +53,8 @@ def train(recipe: Recipe) -> Path:
     recipe = run.recipe
     engine, at, ledger, device = run.engine, run.standing, run.ledger, run.engine.device
     rank, log_folder = torch.distributed.get_rank(), out.with_name(out.name + ".log")
-    peak, peak_source = peak_of(device, recipe.run.precision, recipe.run.peak_teraflops)
+    peak, peak_source = peak_of(device, recipe.run.precision, recipe.run.peak_teraflops, has_fp8=run.fp8 is not None)
+    peak_words = f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_source})"
     accounts, counted_before = Accounts(ledger.names, run.costs, peak, device), ledger.table.clone()
     log = RunLog(
         log_folder if rank == 0 else None, recipe.run.steps, recipe.stage, step=at.step, spent_seconds=at.spent_seconds,
@@ -126,6 +127,7 @@ def train(recipe: Recipe) -> Path:
                 line = {"loss": done.loss, "smooth_loss": at.smooth_loss, "supervised_tokens": tokens, "step_seconds": times[-1],
                         "gradient_norm": done.gradient_norm}  # fmt: skip
                 line |= accounts.line(counted_before, ledger.table, COUNTS)
+                line |= {"mfu_peak": peak_words} if run.fp8 else {}
                 line |= {name: group["lr"] for (name, _, _), group in zip(run.calendars, run.optimizer.param_groups, strict=True)}
                 counted_before = ledger.table.clone()
                 log.record(at.step, line | (look() if looks else {}) | {"stream": ledger.stream})
@@ -154,7 +156,7 @@ def train(recipe: Recipe) -> Path:
             "dealt": dataclasses.asdict(run.dealt),
             "fp8": run.fp8.rows() if run.fp8 else None,
             "recipe": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), "command": " ".join(sys.argv),
-            "peak": f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_source})", **final,
+            "peak": peak_words, **final,
         })  # fmt: skip
         engine.destroy()
     if rank == 0:

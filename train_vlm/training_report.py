@@ -36,11 +36,13 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
     page = Report(f"Training of {name}", summary.get("command"))
     steps = [line for line in lines if "loss" in line]  # beside lines of events, and of a look at the held-out loss alone
     last = {key: value for line in lines for key, value in line.items()}
+    peak = summary.get("peak", last.get("mfu_peak"))
     heldout = summary.get("heldout_loss", last.get("heldout_loss"))
     figures = [("steps", last.get("step")), ("loss, smoothed", last.get("smooth_loss")), ("held-out loss", heldout),
-               ("minutes", summary["seconds"] / 60 if "seconds" in summary else None), ("MFU %", last.get("mfu_percent")),
+               ("minutes", summary["seconds"] / 60 if "seconds" in summary else None),
+               ("MFU %", last.get("mfu_percent"), f"of {peak}" if peak else None),
                ("waiting for data %", summary.get("waiting_for_data_percent")), ("GB of memory", last.get("memory_gb"))]  # fmt: skip
-    page.figures([(label, value) for label, value in figures if value is not None], decimals=2)
+    page.figures([figure for figure in figures if figure[1] is not None], decimals=2)
     if not steps:
         page.text("No step was logged: the run ended before its first line (run.log_every), so that there are no curves.")
     if len(steps) > 1:
@@ -52,7 +54,7 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
         page.heading("Rates and gradient")
         page.curves(_curves(lines, _keys(lines, "lr/")), "step", "rate")
         page.curves(_curves(lines, ["gradient_norm"]), "step", "norm of the gradient", log_y=True, smooth=9)
-        page.heading("Speed").text(f"Real work, without padding. The MFU divides by {summary.get('peak', 'the peak of the device')}.")
+        page.heading("Speed").text(f"Real work, without padding. The MFU divides by {peak or 'the peak of the device'}.")
         page.curves(_curves(lines, ["mfu_percent", "waiting_percent"]), "step", "%", smooth=9)
         page.curves(_curves(lines, ["tokens_per_second"]), "step", "tokens/s", smooth=9)
     _ranks(page, lines, summary.get("dealt"))

@@ -51,3 +51,12 @@ def test_the_heldout_loss_stands_in_the_page_with_what_was_skipped(report):
     words = report([step(1), step(2)], found)
     assert "1.23" in words and "Read at step 2" in words and "1.125" in words and "1.375" in words
     assert "val-2" in words and "broken" in words and "x: no image" in words
+
+
+def test_the_mfu_stands_beside_the_peak_it_divides_by(report):
+    """Also in the page of a run with FP8 layers that was killed, whose log alone can tell."""
+    assert "989 TFLOP/s" in report([step(1), step(2)], {"peak": "989 TFLOP/s a rank (NVIDIA H200, bfloat16)"}).split("## Loss")[0]
+
+
+def test_a_killed_run_in_fp8_tells_its_peak_from_the_log(report):
+    assert "not that of FP8" in report([step(1, mfu_peak="989 TFLOP/s a rank (bfloat16; not that of FP8)")]).split("## Rates")[0]
