@@ -1,4 +1,7 @@
-"""Reading JSON: a file of a known layout, with errors that say what was found and what was expected; the lines of JSON lines."""
+"""Reading a JSON file of a known layout, with errors that say what was found and what was expected.
+
+And the lines of a JSON lines file, which end at a line feed and nowhere else.
+"""
 
 import json
 from collections.abc import Iterator
