@@ -35,16 +35,21 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peak_of(device: torch.device, precision: str, peak_teraflops: float | None) -> tuple[float, str]:
-    """FLOP per second that one rank could reach, and where the figure comes from."""
+def peak_of(device: torch.device, precision: str, peak_teraflops: float | None, *, has_fp8: bool = False) -> tuple[float, str]:
+    """FLOP per second that one rank could reach, and where the figure comes from.
+
+    Of a run with FP8 layers it is still the peak of `precision`, in words, too: only some of its products are in FP8, and which ones may
+    change on the way (fp8_guard.py), so that no peak is that of all of them.
+    """
+    words = "; not that of FP8, though the products in FP8 count with all others" if has_fp8 else ""
     if peak_teraflops is not None:
-        return peak_teraflops * 1e12, "run.peak_teraflops"
+        return peak_teraflops * 1e12, f"run.peak_teraflops{', for products in FP8 and all others' if has_fp8 else ''}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if known := known_peak(name, precision):
-            return known, f"{name}, {precision}"
+            return known, f"{name}, {precision}{words}"
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return measure_peak(device, dtype), f"a product of matrices on this {device.type}, {precision}, measured"
+    return measure_peak(device, dtype), f"a product of matrices on this {device.type}, {precision}, measured{words}"
 
 
 class Accounts:

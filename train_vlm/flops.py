@@ -4,7 +4,9 @@ Only work that the model asks for is counted, once: no padding, no activation ma
 scan as the recurrence it computes, however an implementation chunks it; attention below the diagonal. A multiplication and an addition
 count one each. A matrix that trains costs a forward pass three times over, one that only passes gradients on twice, one behind which
 nothing trains once. Elementwise work (norms, activations) is left out, as in every published MFU. The encoder, of which there are many
-kinds, is run once on shapes alone under torch's FLOP counter; a test holds all of it against that counter on a small model.
+kinds, is run once on shapes alone under torch's FLOP counter. Tests hold matrices, encoder, head, attention (of all pairs; below the
+diagonal are (T + 1) / 2 T of them) and the products of the recurrence against that counter on a small model. It sees products alone: what
+the recurrence multiplies one by one (the decay of the state, dt and D: 1/5 of the scan and a little) is counted by hand.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """The loss on samples that are not trained on: the same packs, the same loss, no gradient, nothing left behind.
 
-Every rank reads its share; ranks without a sample left run a blank pack, because under ZeRO-3 each must take part in every forward pass.
+Each sample is read once at most, and one that cannot be used is counted by its reason, as those of the training are. Every rank reads its
+share; ranks without a sample left run a blank pack, because under ZeRO-3 each must take part in every forward pass.
 Random states are put back afterwards: a run that looks at its held-out loss makes the same steps as one that does not.
 """
 
@@ -9,13 +10,15 @@ from contextlib import contextmanager
 
 import torch
 
+from train_vlm.accounts import source_names
 from train_vlm.batching import pack
 from train_vlm.checkpointing import random_states, set_random_states
+from train_vlm.ledger import COUNTS, REASONS, Ledger, count_over_ranks
 from train_vlm.ranks import sum_over_ranks
 from train_vlm.reading import SampleStream
 from train_vlm.training_step import forward_inputs, losses_by_source
 
-__all__ = ["heldout_loss", "looking"]
+__all__ = ["heldout_loss", "heldout_words", "looking"]
 
 
 @contextmanager
@@ -33,22 +36,35 @@ def looking(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def heldout_loss(engine, stream: SampleStream, processor, *, samples: int, pack_samples: int, names: list[str]) -> dict[str, float]:
-    """{"heldout_loss": per supervised token, "heldout_loss/NAME": of each source} over the first `samples` positions of a stream.
+def heldout_loss(engine, stream: SampleStream, processor, *, samples: int, pack_samples: int) -> tuple[dict[str, float], Ledger]:
+    """The loss over the first `samples` samples of a stream, each once: fewer when its sources have fewer.
 
-    `pack_samples`: samples of one forward pass. Every rank calls it.
+    `pack_samples`: samples of one forward pass. Every rank calls it. Returns {"heldout_loss": per supervised token, "heldout_loss/NAME": of
+    each source, "heldout_samples": used, "heldout_skipped": unusable} (no loss where no sample was usable), and the account by source.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     dtype = engine.module.vision_encoder.weight_dtype
-    sums = torch.zeros(2, len(names), dtype=torch.float64)  # losses, supervised tokens
+    ledger = Ledger(source_names([source.folder for source in stream.sources]), [source.never_read() for source in stream.sources])
+    losses, places = torch.zeros(len(ledger.names), dtype=torch.float64), stream.once(samples)
     with looking(engine.module):
-        for start in range(0, samples, pack_samples * ranks):
-            places = range(start + rank * pack_samples, min(start + (rank + 1) * pack_samples, samples))
-            batch = pack([stream[place] for place in places], processor.renderer.end_of_turn_id, processor.image_processor.tile_size)
+        for start in range(0, len(places), pack_samples * ranks):
+            own = places[start + rank * pack_samples : start + (rank + 1) * pack_samples]
+            batch = pack([stream.sample(*place) for place in own], processor.renderer.end_of_turn_id, processor.image_processor.tile_size)
             output = engine(**forward_inputs(batch, processor, engine.device, dtype), num_items_in_batch=1)
-            sums[0] += losses_by_source(output, batch, len(names))
-            for sample in batch["samples"]:
-                sums[1, sample["source"]] += sample["supervised_tokens"]
-    losses, tokens = sum_over_ranks(sums, engine.device)
-    result = {"heldout_loss": float(losses.sum() / tokens.sum().clamp(min=1))}
-    return result | {f"heldout_loss/{name}": float(loss / count) for name, loss, count in zip(names, losses, tokens, strict=True) if count}
+            losses += losses_by_source(output, batch, len(ledger.names))
+            count_over_ranks(ledger, [batch], engine.device)
+    losses, tokens = sum_over_ranks(losses, engine.device), ledger.table[:, COUNTS.index("supervised_tokens")]
+    figures = {"heldout_loss": float(losses.sum() / tokens.sum())} if tokens.any() else {}
+    figures |= {
+        f"heldout_loss/{name}": float(loss / count) for name, loss, count in zip(ledger.names, losses, tokens, strict=True) if count
+    }
+    return figures | {"heldout_samples": ledger["seen"] - ledger.skipped, "heldout_skipped": ledger.skipped}, ledger
+
+
+def heldout_words(figures: dict[str, float], account: dict) -> str:
+    """One line of what `heldout_loss` found, for a terminal. account: the ledger as JSON (`Ledger.to_dict`)."""
+    reasons = {reason: sum(row[reason] for row in account["sources"]) for reason in REASONS}
+    skipped = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    loss = f"{figures['heldout_loss']:.3f}" if "heldout_loss" in figures else "not measured"
+    read = figures["heldout_samples"] + figures["heldout_skipped"]
+    return f"held-out loss {loss}: {figures['heldout_samples']} of {read} samples used{f', skipped: {skipped}' if skipped else ''}"

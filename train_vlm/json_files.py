@@ -1,11 +1,23 @@
-"""Reading a JSON file of a known layout, with errors that say what was found and what was expected."""
+"""Reading a JSON file of a known layout, with errors that say what was found and what was expected.
+
+And the lines of a JSON lines file, which end at a line feed and nowhere else.
+"""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
-__all__ = ["read_json"]
+__all__ = ["json_lines", "read_json"]
+
+
+def json_lines(content: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of each line of a JSON lines file that is not empty.
+
+    Lines end at a line feed alone: str.splitlines also ends them at U+2028, U+0085 and others, which stand in JSON strings as they are.
+    """
+    return ((number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
 
 
 def read_json(path: str | Path, kind: type | UnionType, expected: str) -> Any:

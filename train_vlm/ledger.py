@@ -10,7 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["COUNTS", "REASONS", "Ledger", "count_batches"]
+from train_vlm.ranks import sum_over_ranks
+
+__all__ = ["COUNTS", "REASONS", "Ledger", "count_batches", "count_over_ranks"]
 
 REASONS = ("broken", "image missing", "too long", "nothing supervised")
 COUNTS = ("seen", *REASONS, "tiles_reduced", "supervised_tokens", "tokens", "tiles")
@@ -124,3 +126,15 @@ class Ledger:
         for name, left_out in zip(self.names, self.left_out, strict=True):
             lines += [f"never read of {name}: {count:,}, {reason}" for reason, count in left_out.items()]
         return "\n".join(lines)
+
+
+def count_over_ranks(ledger: Ledger, batches: list[dict], device: torch.device) -> int:
+    """Enter what all ranks read, each with its own packs; returns the supervised tokens of all. Every rank calls it."""
+    counts = sum_over_ranks(count_batches(batches, len(ledger.names)), device)
+    skipped_before, examples = ledger.skipped, [example for batch in batches for example in batch["skipped"]]
+    tokens = ledger.add(counts)
+    if ledger.skipped > skipped_before:  # the same on all ranks: only then are names worth a second message
+        gathered = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, examples)
+        ledger.add_examples(example for part in gathered for example in part)
+    return tokens

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from train_vlm.conversations import split_marks
+from train_vlm.json_files import json_lines
 
 __all__ = ["from_messages", "read_messages"]
 
@@ -84,9 +85,7 @@ def read_messages(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}; expected messages, one JSON object a line")
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(path.read_text(encoding="utf-8")):
         try:
             sample = json.loads(line)
         except ValueError as error:

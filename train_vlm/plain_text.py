@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from train_vlm.json_files import json_lines
 from vlm.processing import Prepared, VLMProcessor
 
 __all__ = ["cut_text", "prepare_text", "read_documents", "text_records"]
@@ -30,7 +31,7 @@ def read_documents(path: str | Path) -> list[tuple[str, str]]:
         documents = [(path.stem, content)]
     else:
         documents = []
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in json_lines(content):
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:

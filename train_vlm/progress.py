@@ -45,7 +45,7 @@ class Progress:
         return self._clock() - self._started
 
     def position(self, step: int) -> tuple[float, float]:
-        """(where the run is, its length), in steps or in seconds; call it once a step on every rank."""
+        """(where the run is, its length), in steps or in seconds; call it after `step` steps on every rank, once."""
         if self.steps is not None:
             return step, self.steps
         return self._share(self.spent), self.seconds

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from train_vlm.json_files import json_lines
 from train_vlm.plain_text import prepare_text
 from train_vlm.recipe import Source
 from vlm.processing import VLMProcessor
@@ -28,7 +29,8 @@ def _image_members(entry: dict) -> list[str]:
 
 
 class ShardedSource:
-    """All samples of a folder of shards. Raises FileNotFoundError / ValueError when folder, shard or index is missing or empty."""
+    """All samples of a folder of shards. Raises FileNotFoundError / ValueError when folder, shard, index or summary is missing or empty, or
+    when the summary counts other samples: what a conversion that was stopped leaves behind."""
 
     def __init__(self, folder: str | Path, at_most_tiles: int | None = None):
         self.folder = Path(folder)
@@ -41,7 +43,7 @@ class ShardedSource:
             if not index.is_file():
                 raise ValueError(f"shard {shard} has no index {index.name}; write the shards again")
             try:
-                self.entries += [(shard, json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines()]
+                self.entries += [(shard, json.loads(line)) for _, line in json_lines(index.read_text(encoding="utf-8"))]
             except ValueError as error:
                 raise ValueError(f"index {index} is damaged ({error}); write the shards again") from error
         found = len(self.entries)
@@ -50,6 +52,7 @@ class ShardedSource:
         self.left_out = found - len(self.entries)
         if not self.entries:
             raise ValueError(f"the shards in {folder} hold {found} samples, none of at most {at_most_tiles} tiles")
+        self.skipped = self._checked_summary(found)["skipped"]
         self._files: OrderedDict[Path, io.BufferedReader] = OrderedDict()
 
     def __len__(self) -> int:
@@ -64,14 +67,24 @@ class ShardedSource:
     def __del__(self):
         self.close()
 
+    def _checked_summary(self, found: int) -> dict:
+        """summary.json, which a conversion writes last. `found`: samples in the indexes."""
+        path, again = self.folder / "summary.json", "convert its samples again (python -m train_vlm.shards convert)"
+        if not path.is_file():
+            raise ValueError(f"{self.folder} holds {found} samples and no summary.json: the conversion was not finished; {again}")
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            counted, _ = summary["samples"], summary["skipped"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
+        if counted != found:
+            raise ValueError(f"the indexes in {self.folder} list {found} samples, its summary.json {counted}; {again}")
+        return summary
+
     def never_read(self) -> dict[str, int]:
         """What is not read at all: left out by `at_most_tiles`, and by reason when the shards were written."""
         counts = {"more tiles than at_most_tiles": self.left_out} if self.left_out else {}
-        try:
-            skipped = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))["skipped"]
-        except (OSError, ValueError, KeyError):
-            skipped = {}  # shards written by something else
-        return counts | {f"{reason} when the shards were written": count for reason, count in skipped.items()}
+        return counts | {f"{reason} when the shards were written": count for reason, count in self.skipped.items()}
 
     def _read(self, shard: Path, place: list[int]) -> bytes:
         if shard not in self._files:
@@ -146,11 +159,25 @@ class SampleStream(torch.utils.data.Dataset):
 
     def locate(self, position: int) -> tuple[int, int]:
         """(source, sample number) at a position of the stream."""
+        source, epoch, within = self._place(position)
+        return source, self._order(source, epoch)[within]
+
+    def _place(self, position: int) -> tuple[int, int, int]:
         cycle, place = divmod(position, len(self.cycle))
         source = self.cycle[place]
         drawn = cycle * self.per_cycle[source] + self.rank_in_cycle[place]
-        epoch, within = divmod(drawn, len(self.sources[source]))
-        return source, self._order(source, epoch)[within]
+        return source, *divmod(drawn, len(self.sources[source]))
+
+    def once(self, most: int) -> list[tuple[int, int]]:
+        """(source, sample number) of the first `most` samples of the stream without a repeat: a source that was read through gives no
+        more, and all of them give no more than they have."""
+        found, position, wanted = [], 0, min(most, sum(map(len, self.sources)))
+        while len(found) < wanted:
+            source, epoch, within = self._place(position)
+            if epoch == 0:
+                found.append((source, self._order(source, 0)[within]))
+            position += 1
+        return found
 
     def _order(self, source: int, epoch: int) -> list[int]:
         key = (source, epoch)

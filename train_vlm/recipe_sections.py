@@ -171,7 +171,8 @@ class Run:
     offload: what lies in the machine's memory in place of the card's: optimizer (its states and float32 weights; ZeRO 1 to 3), or all (the
     weights, too; ZeRO 3).
     heldout_every: steps between two looks at the held-out loss (null: at the end only, when there are held-out sources).
-    wandb: project of Weights & Biases to report to; peak_teraflops: of one device, for the MFU (null: known by its name, or measured).
+    wandb: project of Weights & Biases to report to; peak_teraflops: of one device, for the MFU (null: that of `precision`, known by the
+    device's name or measured, also for a run with FP8 layers).
 
     Checkpoints to resume from, in OUT.checkpoints: save_every_steps: steps; save_every_minutes: minutes, made rarer when saving costs over
     2 % of the time (null for both: none are written); keep: how many of the newest stay. replace: start over what another recipe left in

@@ -1,7 +1,8 @@
 """Write samples as webdataset tar shards, each with an index beside it. What unusable samples were left out is counted by reason.
 
 webdataset writes the tar; the index is made from it afterwards, so that its places are those of the finished file. Shards of an earlier
-conversion are removed first: two of them left over would be trained on in silence.
+conversion are removed first: two of them left over would be trained on in silence. summary.json is written last and removed first: shards
+without it are not read (reading.py), because a conversion that was stopped leaves whole ones, too.
 """
 
 import hashlib
@@ -75,6 +76,7 @@ def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Pat
 
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").unlink(missing_ok=True)
     for old in out.glob("shard-*"):
         old.unlink()
     skipped, examples = Counter(), {}

@@ -18,12 +18,11 @@ from train_vlm.accounts import Accounts, peak_of
 from train_vlm.adapters import check_adapters, save_trained
 from train_vlm.autopsy import write_autopsy
 from train_vlm.checkpointing import save_checkpoint
-from train_vlm.heldout import heldout_loss
-from train_vlm.ledger import COUNTS, Ledger, count_batches
+from train_vlm.heldout import heldout_loss, heldout_words
+from train_vlm.ledger import COUNTS, count_over_ranks
 from train_vlm.perplexity import measure_perplexity, text_windows
 from train_vlm.preparing import Prepared, prepare
 from train_vlm.progress import Progress, learning_rate_share, share_from_first_rank
-from train_vlm.ranks import sum_over_ranks
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import SavePlan, checkpoint_content, checkpoints_of, mark_finished
 from train_vlm.run_log import RunLog
@@ -42,18 +41,6 @@ def full_state_dict(engine, zero_stage: int) -> dict | None:
     return engine.module.state_dict()
 
 
-def _count(ledger: Ledger, micro: list[dict], device: torch.device) -> int:
-    """Enter what all ranks read for a step; returns its supervised tokens."""
-    counts = sum_over_ranks(count_batches(micro, len(ledger.names)), device)
-    skipped_before, examples = ledger.skipped, [example for batch in micro for example in batch["skipped"]]
-    tokens = ledger.add(counts)
-    if ledger.skipped > skipped_before:  # the same on all ranks: only then are names worth a second message
-        gathered = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, examples)
-        ledger.add_examples(example for part in gathered for example in part)
-    return tokens
-
-
 def train(recipe: Recipe) -> Path:
     """Run a recipe from its model folder to its output folder, or go on with it from its last checkpoint. Returns the output folder.
 
@@ -66,7 +53,8 @@ def train(recipe: Recipe) -> Path:
     recipe = run.recipe
     engine, at, ledger, device = run.engine, run.standing, run.ledger, run.engine.device
     rank, log_folder = torch.distributed.get_rank(), out.with_name(out.name + ".log")
-    peak, peak_source = peak_of(device, recipe.run.precision, recipe.run.peak_teraflops)
+    peak, peak_source = peak_of(device, recipe.run.precision, recipe.run.peak_teraflops, has_fp8=run.fp8 is not None)
+    peak_words = f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_source})"
     accounts, counted_before = Accounts(ledger.names, run.costs, peak, device), ledger.table.clone()
     log = RunLog(
         log_folder if rank == 0 else None, recipe.run.steps, recipe.stage, step=at.step, spent_seconds=at.spent_seconds,
@@ -92,18 +80,19 @@ def train(recipe: Recipe) -> Path:
     def look() -> dict:
         began = time.monotonic()
         size = max(1, recipe.data.batch_samples // (torch.distributed.get_world_size() * recipe.data.micro_batches))
-        names = [Path(source.shards).name for source in recipe.data.heldout]
-        found = heldout_loss(engine, run.heldout, run.processor, samples=recipe.data.heldout_samples, pack_samples=size, names=names)
+        found, account = heldout_loss(engine, run.heldout, run.processor, samples=recipe.data.heldout_samples, pack_samples=size)
+        final.update(found | {"heldout": account.to_dict(), "heldout_step": at.step})
         accounts.pause(time.monotonic() - began)
         return found
 
     try:
-        while (place := progress.position(at.step))[0] < place[1]:
+        place = progress.position(at.step)
+        while place[0] < place[1]:
             # 1. Read.
             begun = time.monotonic()
             micro = [next(batches) for _ in range(recipe.data.micro_batches)]
             waited = time.monotonic() - begun
-            tokens = _count(ledger, micro, device)
+            tokens = count_over_ranks(ledger, micro, device)
             ledger.check(recipe.data.max_skipped_percent)
             # 2. Step.
             for group, (_, peak_rate, warmup) in zip(run.optimizer.param_groups, run.calendars, strict=True):
@@ -130,12 +119,15 @@ def train(recipe: Recipe) -> Path:
             # 3. Tell, and look at what is not trained on.
             log.set_total(progress.expected_steps(at.step))
             log.advance()
-            is_last = at.step == recipe.run.steps
-            looks = run.heldout is not None and recipe.run.heldout_every is not None and at.step % recipe.run.heldout_every == 0
+            place = progress.position(at.step)  # asked here, so that the last step of a run in minutes is known as such, too
+            is_last = place[0] >= place[1]
+            every = recipe.run.heldout_every
+            looks = run.heldout is not None and (is_last or (every is not None and at.step % every == 0))
             if at.step % recipe.run.log_every == 0 or is_last or looks:
                 line = {"loss": done.loss, "smooth_loss": at.smooth_loss, "supervised_tokens": tokens, "step_seconds": times[-1],
                         "gradient_norm": done.gradient_norm}  # fmt: skip
                 line |= accounts.line(counted_before, ledger.table, COUNTS)
+                line |= {"mfu_peak": peak_words} if run.fp8 else {}
                 line |= {name: group["lr"] for (name, _, _), group in zip(run.calendars, run.optimizer.param_groups, strict=True)}
                 counted_before = ledger.table.clone()
                 log.record(at.step, line | (look() if looks else {}) | {"stream": ledger.stream})
@@ -143,7 +135,8 @@ def train(recipe: Recipe) -> Path:
             if done.flagged:
                 save()
         del batches
-        final = look() if run.heldout is not None else {}
+        if run.heldout is not None and final.get("heldout_step") != at.step:  # started again behind its last step
+            log.record(at.step, look())
         if text:
             after = measure_perplexity(engine, text, run.processor)["perplexity"]
             final |= {"text_perplexity_before": at.text_perplexity, "text_perplexity": after}
@@ -163,14 +156,16 @@ def train(recipe: Recipe) -> Path:
             "dealt": dataclasses.asdict(run.dealt),
             "fp8": run.fp8.rows() if run.fp8 else None,
             "recipe": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), "command": " ".join(sys.argv),
-            "peak": f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_source})", **final,
+            "peak": peak_words, **final,
         })  # fmt: skip
         engine.destroy()
     if rank == 0:
         page = write_training_report(log_folder)
         waiting = 100 * at.waiting_seconds / max(at.spent_seconds, 1e-9)
+        loss = "no loss" if at.smooth_loss is None else f"loss {at.smooth_loss:.3f}"
+        looked = f"{heldout_words(final, final['heldout'])}\n" if run.heldout is not None else ""
         print(
-            f"{ledger.text()}\n{at.step} steps in {at.spent_seconds:.0f} s, loss {at.smooth_loss:.3f}, {waiting:.0f} % waiting for data; "
+            f"{ledger.text()}\n{looked}{at.step} steps in {at.spent_seconds:.0f} s, {loss}, {waiting:.0f} % waiting for data; "
             f"model at {out}, report at {page}",
             flush=True,
         )

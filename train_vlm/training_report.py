@@ -34,12 +34,18 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) if (folder / "summary.json").is_file() else {}
     name = folder.name.removesuffix(".log")
     page = Report(f"Training of {name}", summary.get("command"))
-    last = lines[-1] if lines else {}
-    figures = [("steps", last.get("step")), ("loss, smoothed", last.get("smooth_loss")), ("held-out loss", last.get("heldout_loss")),
-               ("minutes", summary["seconds"] / 60 if "seconds" in summary else None), ("MFU %", last.get("mfu_percent")),
+    steps = [line for line in lines if "loss" in line]  # beside lines of events, and of a look at the held-out loss alone
+    last = {key: value for line in lines for key, value in line.items()}
+    peak = summary.get("peak", last.get("mfu_peak"))
+    heldout = summary.get("heldout_loss", last.get("heldout_loss"))
+    figures = [("steps", last.get("step")), ("loss, smoothed", last.get("smooth_loss")), ("held-out loss", heldout),
+               ("minutes", summary["seconds"] / 60 if "seconds" in summary else None),
+               ("MFU %", last.get("mfu_percent"), f"of {peak}" if peak else None),
                ("waiting for data %", summary.get("waiting_for_data_percent")), ("GB of memory", last.get("memory_gb"))]  # fmt: skip
-    page.figures([(label, value) for label, value in figures if value is not None], decimals=2)
-    if len(lines) > 1:
+    page.figures([figure for figure in figures if figure[1] is not None], decimals=2)
+    if not steps:
+        page.text("No step was logged: the run ended before its first line (run.log_every), so that there are no curves.")
+    if len(steps) > 1:
         page.heading("Loss").text("Per supervised token; by source, the mean since the line before.")
         page.curves(_curves(lines, ["loss", "heldout_loss"]), "step", "loss", smooth=9, log_y=True)
         by_source = _curves(lines, _keys(lines, "loss/") + _keys(lines, "heldout_loss/"))
@@ -48,7 +54,7 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
         page.heading("Rates and gradient")
         page.curves(_curves(lines, _keys(lines, "lr/")), "step", "rate")
         page.curves(_curves(lines, ["gradient_norm"]), "step", "norm of the gradient", log_y=True, smooth=9)
-        page.heading("Speed").text(f"Real work, without padding. The MFU divides by {summary.get('peak', 'the peak of the device')}.")
+        page.heading("Speed").text(f"Real work, without padding. The MFU divides by {peak or 'the peak of the device'}.")
         page.curves(_curves(lines, ["mfu_percent", "waiting_percent"]), "step", "%", smooth=9)
         page.curves(_curves(lines, ["tokens_per_second"]), "step", "tokens/s", smooth=9)
     _ranks(page, lines, summary.get("dealt"))
@@ -58,7 +64,13 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
     if summary.get("fp8"):
         page.heading("FP8").table(["place", "weight", "shape", "state, with the guard's last figure"], summary["fp8"])
     if "ledger" in summary:
-        _ledger(page, summary["ledger"])
+        _ledger(page.heading("What was read"), summary["ledger"])
+    if "heldout" in summary:
+        page.heading("Held-out samples").text(f"Read at step {summary['heldout_step']}, each once at most; not trained on.")
+        _ledger(page, summary["heldout"])
+        losses = {key.partition("/")[2]: value for key, value in summary.items() if key.startswith("heldout_loss/")}
+        if losses:
+            page.table(["source", "held-out loss"], [[name, loss] for name, loss in losses.items()], decimals=3)
     if "recipe" in summary:
         page.heading("Recipe").code(summary["recipe"])
     return page.write(folder)
@@ -94,7 +106,6 @@ def _language(page: Report, folders: list[Path]) -> None:
 
 
 def _ledger(page: Report, ledger: dict) -> None:
-    page.heading("What was read")
     sources = ledger["sources"]
     columns = [key for key in sources[0] if key not in ("source", "left_out") and any(row[key] for row in sources)]
     page.table(

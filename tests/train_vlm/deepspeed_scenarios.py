@@ -161,9 +161,17 @@ def cut_in_step(bench: Bench, recipe: Recipe, step: int) -> list[str]:
     return left
 
 
+def scalar_names(folder: Path) -> list[str]:
+    """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+
+
 def cut_by_the_clock(bench: Bench, out: Path, shards: str, model: str) -> dict:
-    """A run in minutes whose steps take half a second by a clock of our own, stopped in its fourth step, and gone on with a day later."""
-    recipe, now = run_recipe(out, shards, model, steps=None, minutes=0.1, zero_stage=1), [0.0]
+    """A run in minutes whose steps take half a second by a clock of our own, stopped in its fourth step, and gone on with a day later; one
+    of half the time that logs rarely (`rare`), and one that has no time for a step (`none`)."""
+    recipe, now, tick = run_recipe(out, shards, model, steps=None, minutes=0.1, zero_stage=1), [0.0], [0.0]
     real_progress, real_step = training_loop.Progress, training_loop.train_step
 
     def timed(*arguments, **keywords):
@@ -172,16 +180,30 @@ def cut_by_the_clock(bench: Bench, out: Path, shards: str, model: str) -> dict:
         return done
 
     training_loop.train_step = timed
-    training_loop.Progress = lambda *arguments, **keywords: real_progress(*arguments, clock=lambda: now[0], **keywords)
+
+    def clock():
+        now[0] += tick[0]
+        return now[0]
+
+    training_loop.Progress = lambda *arguments, **keywords: real_progress(*arguments, clock=clock, **keywords)
+    rare = replace(recipe, out=f"{out}_rare", run=replace(recipe.run, minutes=0.05, log_every=4))
     try:
         cut_in_step(bench, recipe, 4)
         now[0] += 86400.0
         train(recipe)
+        train(rare)
+        tick[0] = 10.0  # over before the first step
+        train(replace(rare, out=f"{out}_none"))
     finally:
         training_loop.Progress, training_loop.train_step = real_progress, real_step
     if bench.rank:
         return {}
-    return {"log": read_log(out), "summary": json.loads((out.with_name(out.name + ".log") / "summary.json").read_text())}
+    names = {"": out.name, "rare_": f"{out.name}_rare", "none_": f"{out.name}_none"}
+    folders = {key: out.with_name(f"{name}.log") for key, name in names.items()}
+    found = {f"{key}log": read_log(out.with_name(name)) for key, name in names.items()}
+    found |= {f"{key}summary": json.loads((folder / "summary.json").read_text()) for key, folder in folders.items()}
+    found["rare_scalars"] = scalar_names(folders["rare_"] / "tensorboard")
+    return found | {f"{key}report": (folder / "report.md").read_text() for key, folder in folders.items()}
 
 
 def bad_step(bench: Bench, recipe: Recipe, *, gradient: bool) -> dict:

@@ -65,6 +65,17 @@ def test_the_peak_says_where_it_comes_from():
     assert 1e9 < measured < 1e14 and "measured" in source
 
 
+def test_the_peak_of_a_run_with_fp8_layers_is_that_of_its_precision_and_says_so(monkeypatch):
+    """An MFU of 60 % of the bfloat16 peak, half of it made in FP8 at twice that peak, was told as if all were bfloat16."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    cuda = torch.device("cuda")
+    assert peak_of(cuda, "bfloat16", None) == (9.89e14, "NVIDIA H200, bfloat16")
+    found, words = peak_of(cuda, "bfloat16", None, has_fp8=True)
+    assert found == 9.89e14 and words.startswith("NVIDIA H200, bfloat16; not that of FP8, though the products in FP8 count")
+    assert "measured; not that of FP8" in peak_of(CPU, "float32", None, has_fp8=True)[1]
+    assert peak_of(cuda, "bfloat16", 1979.0, has_fp8=True)[1] == "run.peak_teraflops, for products in FP8 and all others"
+
+
 def test_memory_is_the_largest_so_far():
     before = memory_bytes(CPU)
     block = torch.ones(2**26)  # 256 MB, touched

@@ -41,31 +41,93 @@ def counted(model, processor, batch) -> float:
     return float(counter.get_total_flops())
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        Parts(**ALL),
-        Parts(projector=1e-3),
-        Parts(projector=1e-3, language_model=1e-3),
-        Parts(projector=None, language_model=1e-3),
-        Parts(vision_encoder=None, last_encoder_blocks=Part(1e-3, blocks=1), projector=1e-3, language_model=1e-3),
-    ],
-    ids=["all", "align", "frozen encoder", "decoder alone", "last block"],
-)
-def test_matrices_encoder_and_head_are_what_torch_counts(small, parts, monkeypatch):
+WAYS = {
+    "all": Parts(**ALL),
+    "align": Parts(projector=1e-3),
+    "frozen encoder": Parts(projector=1e-3, language_model=1e-3),
+    "decoder alone": Parts(projector=None, language_model=1e-3),
+    "last block": Parts(vision_encoder=None, last_encoder_blocks=Part(1e-3, blocks=1), projector=1e-3, language_model=1e-3),
+}
+
+
+def without_scan(x, *rest, **more):
+    return x * 1.0, None
+
+
+def without_attention(self, query, key, value, layout):
+    return query * 1.0 + (key.sum() + value.sum()) * 0.0
+
+
+@pytest.fixture
+def emptied(small, monkeypatch):
+    """The small model and its processor; scan and attention do nothing that the counter sees."""
+    monkeypatch.setattr("vlm.decoder.mixer.chunk_scan", without_scan)
+    monkeypatch.setattr(HybridAttention, "_packed", without_attention)
+    monkeypatch.setattr("vlm.loss._is_plain", lambda head, hidden: False)  # the counter does not know products in place
+    return small
+
+
+@pytest.mark.parametrize("parts", WAYS.values(), ids=WAYS)
+def test_matrices_encoder_and_head_are_what_torch_counts(emptied, parts):
     """Scan and attention are taken out of the pass: the counter sees what an implementation does, not what is asked for. They have tests of
     their own below."""
-    model, processor = small
+    model, processor = emptied
     apply_parts(model, parts)
     costs = count_costs(model)
-    monkeypatch.setattr("vlm.decoder.mixer.chunk_scan", lambda x, *rest, **more: (x * 1.0, None))
-    monkeypatch.setattr(HybridAttention, "_packed", lambda self, query, key, value, layout: query * 1.0 + (key.sum() + value.sum()) * 0.0)
-    monkeypatch.setattr("vlm.loss._is_plain", lambda head, hidden: False)  # the counter does not know products in place
     for tokens, tiles, supervised in ((200, 3, 40), (90, 1, 25)):
         drawn = sample(processor, model, tokens, tiles, supervised)
         batch = pack([drawn], processor.renderer.end_of_turn_id, processor.image_processor.tile_size)
         ours = costs.step(batch["samples"]) - tokens * costs.scan_token - tokens * (tokens + 1) / 2 * costs.attention_pair
         assert ours == pytest.approx(counted(model, processor, batch), rel=0.02)
+
+
+def plain_attention(self, query, key, value, layout):
+    """One sequence, (1, H, T, E) each, as two products over all T x T pairs and a mask."""
+    key, value = (each.repeat_interleave(self.num_key_value_groups, dim=1) for each in (key, value))
+    scores = (query @ key.transpose(2, 3) * self.scaling).masked_fill(~torch.ones(2 * query.shape[2:3], dtype=bool).tril(), -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+def recurrence_in_products(x, dt, A, B, C, *rest, **more):
+    """A stand-in for `chunk_scan`: x (1, T, H, P), dt (1, T, H), A (H,), B and C (1, T, G, N). Per position and head the outer product of
+    the input with B and the product of the state with C are matrix products, the decay is not: a product of one number with each."""
+    B, C = (each[0].float().repeat_interleave(x.shape[2] // B.shape[2], dim=1) for each in (B, C))  # T H N
+    state, outputs = x.new_zeros(*x.shape[2:], B.shape[2]), []
+    for x_t, dt_t, B_t, C_t in zip(x[0], dt[0], B, C, strict=True):
+        decay = (dt_t * A).exp()[:, None, None]
+        state = decay * state + torch.bmm((x_t * dt_t[:, None])[:, :, None], B_t[:, None, :])  # H P N
+        outputs.append(torch.bmm(state, C_t[:, :, None])[:, :, 0])
+    return torch.stack(outputs)[None], None
+
+
+def drawn_batch(model, processor, tokens: int) -> dict:
+    return pack([sample(processor, model, tokens, 1, 25)], processor.renderer.end_of_turn_id, processor.image_processor.tile_size)
+
+
+@pytest.mark.parametrize("parts", WAYS.values(), ids=WAYS)
+def test_attention_is_what_torch_counts_over_all_pairs(emptied, parts, monkeypatch):
+    """Forwards and back, to the last operation: T x T pairs in the products, of which T (T + 1) / 2 are below the diagonal and counted."""
+    model, processor = emptied
+    apply_parts(model, parts)
+    costs = count_costs(model)
+    batch = drawn_batch(model, processor, 90)
+    nothing = counted(model, processor, batch)
+    monkeypatch.setattr(HybridAttention, "_packed", plain_attention)
+    assert counted(model, processor, batch) - nothing == 90**2 * costs.attention_pair > 0
+
+
+@pytest.mark.parametrize("parts", WAYS.values(), ids=WAYS)
+def test_the_products_of_the_recurrence_are_what_torch_counts(emptied, parts, monkeypatch):
+    """Forwards and back, to the last operation; what the counter cannot see is the decay (P N) and dt and D (3 P) of each head."""
+    model, processor = emptied
+    apply_parts(model, parts)
+    costs = count_costs(model)
+    batch = drawn_batch(model, processor, 40)
+    nothing = counted(model, processor, batch)
+    monkeypatch.setattr("vlm.decoder.mixer.chunk_scan", recurrence_in_products)
+    mixers = [block.mixer for block in model.language_model.model.layers if isinstance(block.mixer, Mamba2Mixer)]
+    unseen = sum(3 * mixer.num_heads * mixer.head_dim * (mixer.ssm_state_size + 3) for mixer in mixers)
+    assert counted(model, processor, batch) - nothing == 40 * (costs.scan_token - unseen) > 0
 
 
 def test_a_scan_is_counted_as_the_recurrence_computes_it():

@@ -285,6 +285,16 @@ def test_a_run_stopped_in_a_step_goes_on_with_the_same_layers_to_the_last_bit(ru
     assert [event["layer"] for event in events if event["event"] == "fp8_put_back"] == [BAD]
 
 
+def test_every_mfu_of_a_run_in_fp8_says_which_peak_it_divides_by(runs):
+    """In the lines of the log, in the summary and on the page; the log of one without FP8 needs no such words."""
+    _, folder = runs
+    steps, _ = read_log(folder, "bfloat16")
+    (peak,) = {line["mfu_peak"] for line in steps}
+    assert "bfloat16, measured; not that of FP8" in peak
+    assert json.loads((folder / "bfloat16.log" / "summary.json").read_text())["peak"] == peak
+    assert (folder / "bfloat16.log" / "report.md").read_text().count("not that of FP8") >= 2
+
+
 def test_the_report_of_a_run_names_every_layer(runs):
     _, folder = runs
     summary = json.loads((folder / "zero3.log" / "summary.json").read_text())

@@ -78,6 +78,14 @@ def test_a_malformed_file_names_its_line(tmp_path, text, message):
         read_messages(tmp_path / "m.jsonl")
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    """Text from the web holds U+2028 and U+0085, and other programs write them as they are: str.splitlines cuts there."""
+    words = "one\u2028two\u0085three\u2029four"
+    lines = [json.dumps(sample(words, id=name), ensure_ascii=False) for name in "ab"]
+    (tmp_path / "m.jsonl").write_bytes("\r\n".join([lines[0], "", lines[1], ""]).encode())
+    assert read_messages(tmp_path / "m.jsonl") == [sample(words, id="a"), sample(words, id="b")]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file at .*m.jsonl"):
         read_messages(tmp_path / "m.jsonl")

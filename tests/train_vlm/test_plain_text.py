@@ -33,6 +33,13 @@ def test_documents_of_a_jsonl_file_are_apart(tmp_path):
     assert read_documents(path) == [("notes:1", "one"), ("notes:3", "two")]
 
 
+def test_only_a_line_feed_ends_a_document(tmp_path):
+    """A document with U+2028 or U+0085 as it stands was refused as two halves of JSON."""
+    path, texts = tmp_path / "web.jsonl", ["one\u2028two", "three\u0085four"]
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    assert read_documents(path) == [("web:1", texts[0]), ("web:2", texts[1])]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

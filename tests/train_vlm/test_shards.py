@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train_vlm import shard_writing
 from train_vlm.reading import ShardedSource
 from train_vlm.shards import convert, main
 
@@ -119,6 +120,43 @@ def test_older_shards_do_not_stay(tmp_path, images, tiny_processor):
     convert(GOOD, images, tiny_processor, tmp_path / "out", samples_per_shard=1)
     convert(GOOD[:1], images, tiny_processor, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").glob("shard*")) == ["shard-000000.index.jsonl", "shard-000000.tar"]
+
+
+def test_shards_of_a_stopped_conversion_are_not_read(tmp_path, images, tiny_processor, monkeypatch):
+    """Killed after three of five shards, the first time and over an earlier conversion: three whole shards, which trained in silence."""
+    real = shard_writing._index_of
+
+    def killed(shard, facts):
+        if shard.name == "shard-000003.tar":
+            raise KeyboardInterrupt
+        return real(shard, facts)
+
+    for earlier in (False, True):
+        folder = tmp_path / str(earlier)
+        if earlier:
+            convert(GOOD, images, tiny_processor, folder, samples_per_shard=1)
+        monkeypatch.setattr(shard_writing, "_index_of", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(GOOD, images, tiny_processor, folder, samples_per_shard=1)
+        monkeypatch.setattr(shard_writing, "_index_of", real)
+        (folder / "shard-000003.tar").unlink()  # a kill a moment earlier: the three before it are whole
+        with pytest.raises(ValueError, match="holds 3 samples and no summary.json.*convert its samples again"):
+            ShardedSource(folder)
+        convert(GOOD, images, tiny_processor, folder, samples_per_shard=1)
+        assert len(ShardedSource(folder)) == 5
+
+
+def test_shards_lost_after_the_conversion_are_missed(tmp_path, images, tiny_processor):
+    """A copy that ended early; tiles left out by the recipe are none of it."""
+    convert(GOOD, images, tiny_processor, tmp_path / "out", samples_per_shard=2)
+    assert len(ShardedSource(tmp_path / "out", at_most_tiles=0)) < 5
+    for path in (tmp_path / "out").glob("shard-000002*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="list 4 samples, its summary.json 5; convert its samples again"):
+        ShardedSource(tmp_path / "out")
+    (tmp_path / "out" / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match="summary.json is damaged"):
+        ShardedSource(tmp_path / "out")
 
 
 def run(tmp_path, images, model, samples, *more):

@@ -247,6 +247,31 @@ def test_a_run_in_minutes_has_its_clock_back_after_a_stop(seen):
     assert [line["lr/projector"] for line in log] == pytest.approx(expected)
 
 
+def test_the_last_step_of_a_run_in_minutes_is_logged(seen):
+    """Nobody knows its number beforehand: with a line every 4 steps the last two of six were in no log."""
+    results, _ = seen
+    assert results["timed"]["rare_summary"]["steps"] == 6 and [line["step"] for line in results["timed"]["rare_log"]] == [4, 6]
+
+
+def test_the_heldout_loss_at_the_end_is_told_wherever_other_losses_are(seen):
+    """With `heldout_every: null` it stood in summary.json alone. Five of eight samples, read once; the broken one is counted if met."""
+    results, _ = seen
+    line, summary = results["timed"]["rare_log"][-1], results["timed"]["rare_summary"]
+    assert "heldout_loss" not in results["timed"]["rare_log"][0] and summary["heldout_step"] == 6
+    assert line["heldout_loss"] == summary["heldout_loss"] > 1 and line["heldout_loss/shards"] == line["heldout_loss"]
+    assert line["heldout_samples"] + line["heldout_skipped"] == summary["heldout"]["sources"][0]["seen"] == 5
+    assert {"heldout_loss", "heldout_loss/shards", "heldout_skipped"} <= set(results["timed"]["rare_scalars"])
+    report = results["timed"]["rare_report"]
+    assert "held-out loss" in report and f"{line['heldout_loss']:.2f}" in report and "Held-out samples" in report
+
+
+def test_a_run_without_time_for_a_step_ends_with_a_report_that_says_so(seen):
+    results, _ = seen
+    found = results["timed"]
+    assert found["none_summary"]["steps"] == 0 and not any("loss" in line for line in found["none_log"])
+    assert "No step was logged" in found["none_report"] and "No step was logged" not in found["rare_report"]
+
+
 def test_the_decay_of_the_state_stays_in_float32_while_all_else_trains_in_bfloat16(seen, inputs):
     """DeepSpeed casts whatever it is given: a D of 1.003 would be 1.0 again after every step. Here they move by less than one bfloat16, and
     alike with float32 parameters (ZeRO-1) and with float32 rests beside bfloat16 ones (ZeRO-3)."""
