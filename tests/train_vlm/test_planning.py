@@ -120,6 +120,18 @@ def test_lora_of_the_4b_fits_a_card_of_24_gb(capsys):
     assert "the shapes of 4b and internvit" in out and "10,395 steps (1.00 epochs of 665,298 samples)" in out
 
 
+MEMORY_GB = {"H100": 80}
+
+
+@pytest.mark.parametrize("name", ["8b_align", "8b_sft", "4b_lora", "12b-v2_sft"])
+def test_a_recipe_fits_the_cards_that_it_plans(name):
+    """`fits cards of GB` of the recipe's own row, as the dry run prints it."""
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    (row,) = [line for line in plan_text(recipe).splitlines() if line.endswith("<- this recipe")]
+    fits = row.removesuffix("<- this recipe").strip().rpartition("  ")[2].split(", ")
+    assert str(MEMORY_GB[recipe.plan.card]) in fits
+
+
 def test_the_plan_says_whose_blocks_are_computed_again(align):
     """The encoder has a switch of its own; nobody should take the one for the other."""
     recipe, _ = align
