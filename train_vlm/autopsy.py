@@ -3,25 +3,32 @@
     python -m train_vlm.autopsy OUT.log/autopsy-step-00000012 [--rank 0]        the same batch again, in one process
 
 Carrying on would average the damage into the weights; skipping the batch would hide it. The weights were not touched by the bad step (see
-training_step.py), so that the folder written here - weights, the batch of each rank, the findings - makes the failure again.
+training_step.py), so that the folder written here - weights, the batch of each rank, the findings - makes the failure again. Adapters stay
+beside the weights and products in FP8 are put in again: what overflows only there would be finite in a plain model.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
-from train_vlm.adapters import save_trained
+from train_vlm.adapters import adapter_folder, save_trained
 from train_vlm.examination import bad_parameters, watch
+from train_vlm.fp8_guard import start_fp8
+from train_vlm.fp8_section import Fp8
 from train_vlm.freezing import apply_parts
-from train_vlm.recipe import Part, Parts
+from train_vlm.recipe import Lora, Part, Parts
 from train_vlm.training_step import forward_inputs
 from vlm.checkpoint import load_model
 from vlm.files import write_whole
+from vlm.lora import load_adapter
+from vlm.modeling import VisionLanguageModel
+from vlm.processing import VLMProcessor
 
 __all__ = ["examine_batches", "main", "write_autopsy"]
 
@@ -74,10 +81,25 @@ def _first_bad(ranks: list[list[dict]]) -> tuple[int, str]:
     return 0, "none between the modules; the replay looks at the gradients of all weights"
 
 
-def write_autopsy(engine, processor, batches: list[dict], folder: Path, *, parts: Parts, step: int, why: str, weights: dict | None) -> str:
-    """Every rank calls it after a step that was not finite. `weights`: the full state dict on rank 0.
+def write_autopsy(
+    engine,
+    processor,
+    batches: list[dict],
+    folder: Path,
+    *,
+    parts: Parts,
+    step: int,
+    why: str,
+    weights: dict | None,
+    lora: Lora | None = None,
+    fp8: Fp8 | None = None,
+    put_back: list[str] = (),
+) -> str:
+    """Every rank calls it after a step that was not finite. `weights`: the full state dict on rank 0; parts, lora, fp8: of the recipe;
+    put_back: layers that the FP8 guard put back so far.
 
-    Writes FOLDER/autopsy.json, FOLDER/batch-rank-N.pt and the model folder FOLDER/model; returns what to tell the user.
+    Writes FOLDER/autopsy.json, FOLDER/batch-rank-N.pt, the model folder FOLDER/model and, beside it, its adapters (FOLDER/model.adapter);
+    returns what to tell the user.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     try:
@@ -93,10 +115,11 @@ def write_autopsy(engine, processor, batches: list[dict], folder: Path, *, parts
     kept = [{name: batch[name] for name in KEPT} | {"supervised_tokens": batch["supervised_tokens"]} for batch in batches]
     torch.save(kept, folder / f"batch-rank-{rank}.pt")
     guilty, module = _first_bad(gathered)
-    command = f"{Path(sys.executable).name} -m train_vlm.autopsy {folder} --rank {guilty}"
+    command = shlex.join([Path(sys.executable).name, "-m", "train_vlm.autopsy", str(folder), "--rank", str(guilty)])
     if rank == 0:
-        save_trained(engine.module, processor, folder / "model", weights)
+        save_trained(engine.module, processor, folder / "model", weights, merge=False)
         content = {"step": step, "why": why, "first_bad": module, "rank": guilty, "replay": command, "parts": dataclasses.asdict(parts),
+                   "lora": lora and dataclasses.asdict(lora), "fp8": fp8 and dataclasses.asdict(fp8), "fp8_put_back": list(put_back),
                    "ranks": gathered}  # fmt: skip
         write_whole(folder / "autopsy.json", json.dumps(content, indent=1))
     torch.distributed.barrier()
@@ -130,6 +153,19 @@ def _text(entries: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _as_it_trained(folder: Path) -> tuple[VisionLanguageModel, VLMProcessor]:
+    """The model of an autopsy with its frozen parts, adapters and FP8 layers, in the order in which a run puts them on (preparing.py)."""
+    model, processor = load_model(folder / "model")
+    saved = json.loads((folder / "autopsy.json").read_text(encoding="utf-8"))
+    apply_parts(model, Parts(**{name: Part(**value) if isinstance(value, dict) else value for name, value in saved["parts"].items()}))
+    if saved.get("lora"):
+        load_adapter(model, adapter_folder(folder / "model"))
+    if saved.get("fp8") and (guard := start_fp8(model, Fp8(**saved["fp8"]))):
+        guard.restore(saved["fp8_put_back"])
+    model.training = True
+    return model, processor
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train_vlm.autopsy", description="Run the batch of an autopsy again, in one process.")
     parser.add_argument("folder", type=Path, help="OUT.log/autopsy-step-N of a run that stopped")
@@ -141,14 +177,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise FileNotFoundError(
                 f"no {path.name} in {options.folder}; expected the folder named by a run that stopped, and one of its ranks"
             )
-        model, processor = load_model(options.folder / "model")
-        saved = json.loads((options.folder / "autopsy.json").read_text(encoding="utf-8"))["parts"]
-        apply_parts(model, Parts(**{name: Part(**value) if isinstance(value, dict) else value for name, value in saved.items()}))
-        model.training = True
+        model, processor = _as_it_trained(options.folder)
         batches = torch.load(path, weights_only=True)
         print(_text(examine_batches(model, model, batches, processor, gradients="all")))
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"autopsy: {error}", file=sys.stderr)
         return 2
 

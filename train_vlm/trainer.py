@@ -177,4 +177,7 @@ def _autopsy(run: Prepared, recipe: Recipe, micro: list[dict], log_folder: Path,
     step = run.standing.step + 1
     weights = full_state_dict(run.engine, recipe.run.zero_stage)
     folder = log_folder / f"autopsy-step-{step:08d}"
-    return write_autopsy(run.engine, run.processor, micro, folder, parts=recipe.parts, step=step, why=str(error), weights=weights)
+    return write_autopsy(
+        run.engine, run.processor, micro, folder, parts=recipe.parts, step=step, why=str(error), weights=weights, lora=recipe.lora,
+        fp8=recipe.fp8, put_back=run.fp8.put_back if run.fp8 else (),
+    )  # fmt: skip

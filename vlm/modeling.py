@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from projector import Projector
 from vision_encoders import build_vision_encoder
+from vision_encoders.running_statistics import unmoved_statistics
 
 from .adapter_names import refuse_adapters
 from .configuration import VLMConfig
@@ -175,12 +176,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         `position_ids` (1, T) that restart at 0. With `labels` (not shifted) the loss is the sum over supervised tokens divided by
         `num_items_in_batch` (their number in this batch when None), and no logits are made. Otherwise logits of the last
         `logits_to_keep` positions (0: all). `pixels_are_blank`: the tiles belong to no image and are encoded for nothing but equal work on
-        every rank. With `use_cache` the state is returned as `past_key_values` and continued by the next call.
+        every rank; no running statistics move. With `use_cache` the state is returned as `past_key_values` and continued by the next call.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None and pixels_are_blank:
-            inputs_embeds = self.embed(input_ids) + 0.0 * self.encode_tiles(pixel_values).sum()
+            with unmoved_statistics(self.vision_encoder):
+                inputs_embeds = self.embed(input_ids) + 0.0 * self.encode_tiles(pixel_values).sum()
         elif inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values)
         batch, length, _ = inputs_embeds.shape

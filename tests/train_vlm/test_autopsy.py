@@ -3,17 +3,24 @@
 import copy
 import dataclasses
 import json
+import shlex
 
 import pytest
 import torch
 from poison import Poison
 
+import train_vlm.autopsy as autopsy
 from projector import Projector
+from train_vlm.adapters import put_on_adapters
 from train_vlm.autopsy import examine_batches, main, write_autopsy
 from train_vlm.batching import pack
 from train_vlm.examination import bad_parameters, watch
-from train_vlm.recipe import Parts
+from train_vlm.fp8_guard import start_fp8
+from train_vlm.fp8_section import Fp8
+from train_vlm.freezing import apply_parts
+from train_vlm.recipe import Lora, Parts
 from vlm.checkpoint import load_model
+from vlm.fp8_linear import Fp8Linear
 
 ALL = Parts(vision_encoder=1e-3, projector=1e-3, language_model=1e-3)
 
@@ -112,6 +119,76 @@ def test_the_folder_of_an_autopsy_makes_the_failure_again(model, batch, tiny_pro
     printed = capsys.readouterr().out
     assert "language_model.model.layers.0.mixer.in_proj (Linear)" in printed and "its inputs were finite" in printed
     assert "weights that are not finite: language_model.model.layers.0.mixer.in_proj.weight" in printed
+
+
+def replayed_model(folder, monkeypatch):
+    """The model that the replay runs."""
+    seen, real = [], autopsy.examine_batches
+    monkeypatch.setattr(
+        autopsy, "examine_batches", lambda call, model, *rest, **more: (seen.append(model), real(call, model, *rest, **more))[1]
+    )
+    assert main([str(folder)]) == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_the_replay_has_the_run_s_fp8_layers(model, batch, tiny_processor, tmp_path, one_rank, capsys, monkeypatch, lora):
+    """Products overflow in FP8 alone: in a plain model all would be finite. A layer that the guard had put back is not in FP8 again."""
+    fp8 = Fp8(enabled=True, skip_first=0, skip_last=0, guard_every=None)
+    real = Fp8Linear.product
+    monkeypatch.setattr(Fp8Linear, "product", lambda self, rows, weight: real(self, rows, weight) * float("inf"))
+    apply_parts(model, ALL)
+    if lora:
+        put_on_adapters(model, lora)
+    guard = start_fp8(model, fp8)
+    first, second, *_ = guard.report.layers
+    guard.restore([first])
+    folder = tmp_path / "autopsy-step-00000003"
+    told = write_autopsy(
+        Engine(model), tiny_processor, [batch], folder, parts=ALL, step=3, why="the loss is nan", weights=model.state_dict(), lora=lora,
+        fp8=fp8, put_back=guard.put_back,
+    )  # fmt: skip
+    assert f"language_model.{second} (Fp8Linear, output)" in told
+    again = replayed_model(folder, monkeypatch)
+    assert f"language_model.{second} (Fp8Linear)" in capsys.readouterr().out
+    layers = {name: layer.uses_fp8 for name, layer in again.language_model.named_modules() if isinstance(layer, Fp8Linear)}
+    assert layers == {name: name != first for name in guard.report.layers}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_replay_has_the_run_s_adapters(model, batch, tiny_processor, tmp_path, one_rank, capsys, monkeypatch, dtype):
+    """Not merged: the adapter with the bad value is named, only what trained has gradients, and all is in the dtype of the engine."""
+    lora = Lora(rank=4, targets=("in_proj", "up_proj"))
+    apply_parts(model, ALL)
+    put_on_adapters(model, lora)
+    model.to(dtype)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if ".lora_" in name or "_proj" in name}
+    spoil(model, "language_model.model.layers.0.mixer.in_proj.lora_B.default.weight", float("inf"))
+    folder = tmp_path / "autopsy-step-00000003"
+    write_autopsy(
+        Engine(model), tiny_processor, [batch], folder, parts=ALL, step=3, why="the loss is nan", weights=model.state_dict(), lora=lora
+    )
+    assert json.loads((folder / "autopsy.json").read_text())["lora"]["rank"] == 4
+    again = replayed_model(folder, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "layers.0.mixer.in_proj.lora_B.default (Linear)" in printed
+    assert "weights that are not finite: language_model.model.layers.0.mixer.in_proj.lora_B.default.weight" in printed
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
+    assert {name: p.dtype for name, p in again.named_parameters() if name in dtypes} == dtypes
+
+
+def test_the_printed_command_stands_in_a_shell(model, batch, tiny_processor, tmp_path, one_rank, capsys):
+    """A folder with a blank and a quote in its name is one word of the command."""
+    spoil(model, "language_model.model.layers.2.mixer.up_proj.weight", float("inf"))
+    folder = tmp_path / "bob's runs" / "autopsy-step-00000003"
+    told = write_autopsy(
+        Engine(model), tiny_processor, [batch], folder, parts=ALL, step=3, why="the loss is nan", weights=model.state_dict()
+    )
+    words = shlex.split(told.partition("replay: ")[2])
+    assert words[1:] == ["-m", "train_vlm.autopsy", str(folder), "--rank", "0"]
+    assert words == shlex.split(json.loads((folder / "autopsy.json").read_text())["replay"])
+    assert main(words[3:]) == 0 and "layers.2.mixer.up_proj (Linear)" in capsys.readouterr().out
 
 
 def test_a_folder_or_rank_that_is_not_there_is_one_line(tmp_path, capsys):

@@ -3,9 +3,11 @@
 import copy
 
 import pytest
+from torch import nn
 
-from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups, parts_table
-from train_vlm.recipe import Optimizer, Parts
+from train_vlm.freezing import apply_parts, encoder_blocks, make_optimizer, parameter_groups, part_modules, parts_table
+from train_vlm.recipe import Optimizer, Part, Parts
+from vision_encoders import build_vision_encoder
 
 PARTS = ("vision_encoder", "projector", "language_model")
 
@@ -32,6 +34,82 @@ def test_rates_are_those_of_the_parts(model):
     apply_parts(model, parts)
     for group in parameter_groups(model, parts, Optimizer()):
         assert group["lr"] == group["peak_lr"] == getattr(parts, group["part"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_part_s_own_decay_and_warm_up_go_before_the_optimizer_s(model, kind):
+    """A 0 of its own is a value, not a missing one; what a part does not say is the optimizer's; norms and biases are never decayed."""
+    parts = Parts(
+        vision_encoder=Part(1e-4, weight_decay=0.2, warmup=0.5), projector=Part(1e-3, weight_decay=0.0, warmup=0.0), language_model=1e-4
+    )
+    apply_parts(model, parts)
+    groups = parameter_groups(model, parts, Optimizer(kind=kind, weight_decay=0.3, warmup=0.1))
+    decays = {part: {group["weight_decay"] for group in groups if group["part"] == part} for part in PARTS}
+    assert decays == {"vision_encoder": {0.2, 0.0}, "projector": {0.0}, "language_model": {0.3, 0.0}}
+    assert {(group["part"], group["warmup"]) for group in groups} == {("vision_encoder", 0.5), ("projector", 0.0), ("language_model", 0.1)}
+    norms = {id(p) for module in model.vision_encoder.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    assert all(group["weight_decay"] == 0.0 for group in groups for p in group["params"] if id(p) in norms)
+    lines = {line.split()[0]: line for line in parts_table(model, parts, groups).splitlines()[1:]}
+    assert lines["vision_encoder"].endswith("decay 0.2 and 0, warm-up 0.5") and lines["projector"].endswith("decay 0, warm-up 0")
+    assert lines["language_model"].endswith("decay 0.3 and 0, warm-up 0.1")
+
+
+SMALL = {"image_size": 32, "patch_size": 8}
+ENCODERS = {
+    # name: settings, where its blocks are, what stands behind the last one
+    "internvit": (SMALL | {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 2},
+                  ["tower.encoder.layer.0.", "tower.encoder.layer.1.", "tower.encoder.layer.2."], ()),
+    "timm:vit_tiny_patch16_224": (SMALL | {"embed_dim": 32, "depth": 3, "num_heads": 2},
+                                  ["tower.blocks.0.", "tower.blocks.1.", "tower.blocks.2."], ("tower.norm.",)),
+    "timm:resnet10t": ({"image_size": 32}, ["tower.layer1.0.", "tower.layer2.0.", "tower.layer3.0.", "tower.layer4.0."], ()),
+}  # fmt: skip
+
+
+@pytest.fixture(params=ENCODERS)
+def tower(request, model):
+    """(the model with another encoder, prefixes of its blocks' parameters, those of what stands behind)."""
+    settings, blocks, behind = ENCODERS[request.param]
+    model.vision_encoder = build_vision_encoder(request.param, **settings)
+    return model, blocks, behind
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_last_blocks_are_those_nearest_the_features_and_the_norm_behind(tower, count):
+    """By name, for a tower with a norm behind its blocks, one without, and stages of a ResNet; each parameter is in one part, and only the
+    last blocks train, in train mode."""
+    model, blocks, behind = tower
+    parts = Parts(last_encoder_blocks=Part(1e-5, blocks=count), projector=1e-3)
+    apply_parts(model, parts)
+    found = part_modules(model, parts)
+    every = [name for name, _ in model.vision_encoder.named_parameters()]
+    expected = [name for name in every if name.startswith((*blocks[-count:], *behind))]
+    assert [name for name, _ in found["last_encoder_blocks"]] == expected
+    assert any(name.startswith(behind) for name in expected) == bool(behind)
+    assert [name for name, _ in found["vision_encoder"]] == [name for name in every if name not in expected]
+    assert [name for name, p in model.vision_encoder.named_parameters() if p.requires_grad] == expected
+    groups = [group for group in parameter_groups(model, parts, Optimizer()) if group["part"] == "last_encoder_blocks"]
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for _, p in found["last_encoder_blocks"]}
+    assert {group["peak_lr"] for group in groups} == {1e-5}
+    modes = [block.training for block in encoder_blocks(model.vision_encoder)]
+    assert modes == [False] * (len(blocks) - count) + [True] * count
+    norms = {name: module.training for name, module in model.vision_encoder.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert all(training == name.startswith(tuple(blocks[-count:])) for name, training in norms.items())
+
+
+def test_the_last_blocks_may_have_a_rate_beside_the_rest_of_the_encoder(tower):
+    model, blocks, behind = tower
+    parts = Parts(vision_encoder=1e-6, last_encoder_blocks=Part(1e-5, blocks=1), projector=1e-3)
+    apply_parts(model, parts)
+    rates = {id(p): group["peak_lr"] for group in parameter_groups(model, parts, Optimizer()) for p in group["params"]}
+    for name, parameter in model.vision_encoder.named_parameters():
+        assert rates[id(parameter)] == (1e-5 if name.startswith((blocks[-1], *behind)) else 1e-6), name
+
+
+def test_more_last_blocks_than_there_are_is_an_error(tower):
+    model, blocks, _ = tower
+    parts = Parts(last_encoder_blocks=Part(1e-5, blocks=len(blocks) + 1))
+    with pytest.raises(ValueError, match=f"blocks is {len(blocks) + 1}; the vision encoder has {len(blocks)}"):
+        apply_parts(model, parts)
 
 
 def test_norms_biases_embeddings_and_the_scan_are_not_decayed(model):

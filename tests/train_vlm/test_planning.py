@@ -1,5 +1,6 @@
 """--dry-run: the recipes that come along, against figures worked out by hand from their shapes."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from train_vlm.freezing import apply_parts
 from train_vlm.launching import run_program
 from train_vlm.planning import plan_text, planned_model, step_work
 from train_vlm.recipe import Plan, load_recipe
-from train_vlm.saved_activations import activation_bytes, kept_by_encoder
+from train_vlm.saved_activations import activation_bytes, kept_by_encoder, kept_by_projector
 from vision_encoders import build_vision_encoder
 
 RECIPES = Path(__file__).resolve().parents[2] / "train_vlm" / "recipes"
@@ -79,6 +80,25 @@ def test_the_encoder_s_activations_are_counted_on_shapes():
     assert kept_by_encoder(encoder) == pytest.approx(real, rel=0.01)
 
 
+@pytest.mark.parametrize(("encoder_trains", "projector_trains"), [(True, True), (False, True), (True, False), (False, False)])
+def test_the_projector_s_activations_are_counted_on_shapes(tiny_model, encoder_trains, projector_trains):
+    """The same numbers as autograd keeps for the features of a real tile, whichever of encoder and projector trains."""
+    model = copy.deepcopy(tiny_model)
+    model.vision_encoder.requires_grad_(encoder_trains)
+    model.projector.requires_grad_(projector_trains)
+    with torch.no_grad():
+        features = model.vision_encoder(torch.zeros(1, 3, model.vision_encoder.image_size, model.vision_encoder.image_size))
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.projector.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+        model.projector(features.requires_grad_(encoder_trains))
+    real = sum(t.untyped_storage().nbytes() // 4 for place, t in kept.items() if place not in weights)
+    assert kept_by_projector(model) == real and (real > 0) == (encoder_trains or projector_trains)
+    counted = activation_bytes(model, 100, 3, checkpointing=True, bytes_a_number=2)
+    assert counted - activation_bytes(model, 100, 0, checkpointing=True, bytes_a_number=2) == 6 * (
+        real + kept_by_encoder(model.vision_encoder)
+    )
+
+
 def test_activation_checkpointing_keeps_block_inputs(align):
     """52 blocks x 16,384 positions x 4,096 numbers x 2 bytes = 6.5 GiB, and one open block on top."""
     _, model = align
@@ -98,6 +118,18 @@ def test_lora_of_the_4b_fits_a_card_of_24_gb(capsys):
     assert f"{adapters:,}" in out and "LoRA of rank 16 reaches" in out and "  24, 40, 48, 80, 141  <- this recipe" in out
     assert ", decoder blocks: inputs alone\n" in out
     assert "the shapes of 4b and internvit" in out and "10,395 steps (1.00 epochs of 665,298 samples)" in out
+
+
+MEMORY_GB = {"H100": 80}
+
+
+@pytest.mark.parametrize("name", ["8b_align", "8b_sft", "4b_lora", "12b-v2_sft"])
+def test_a_recipe_fits_the_cards_that_it_plans(name):
+    """`fits cards of GB` of the recipe's own row, as the dry run prints it."""
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    (row,) = [line for line in plan_text(recipe).splitlines() if line.endswith("<- this recipe")]
+    fits = row.removesuffix("<- this recipe").strip().rpartition("  ")[2].split(", ")
+    assert str(MEMORY_GB[recipe.plan.card]) in fits
 
 
 def test_the_plan_says_whose_blocks_are_computed_again(align):

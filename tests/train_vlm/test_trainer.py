@@ -86,7 +86,7 @@ def killed(inputs, tmp_path_factory):
     content = {
         "stage": "sft", "model": str(inputs / "model"), "out": str(folder / "killed"),
         "data": {"sources": [{"shards": str(inputs / "shards")}], "batch_samples": 4, "max_skipped_percent": 50, "workers": 1},
-        "parts": {"vision_encoder": None, "projector": 1e-3, "language_model": 1e-3},
+        "parts": {"vision_encoder": None, "projector": {"rate": 1e-3, "warmup": 0.25}, "language_model": 1e-3},
         "run": {"steps": STEPS, "log_every": 1, "save_every_steps": 3, "save_every_minutes": None, "threads_per_rank": 1},
     }  # fmt: skip
     (folder / "killed.yaml").write_text(yaml.safe_dump(content))
@@ -405,6 +405,18 @@ def test_the_program_trains_logs_and_saves(killed):
     assert json.loads((folder / "whole.log" / "summary.json").read_text())["steps"] == STEPS
     model, _ = load_model(folder / "whole")
     assert not model.training
+
+
+def test_each_group_follows_its_own_warm_up_in_one_calendar(killed):
+    """A rate is logged as the optimizer had it: the projector's rises over a quarter of the steps, the decoder's in the
+    optimizer's 3 %; both also when the run went on after a kill."""
+    for name in ("whole", "killed"):
+        log = [json.loads(line) for line in (killed[0] / f"{name}.log" / "log.jsonl").read_text().splitlines()]
+        for part, warmup in (("projector", 0.25), ("language_model", 0.03)):
+            expected = [1e-3 * learning_rate_share(step, STEPS, warmup, 0.1) for step in range(STEPS)]
+            assert [line[f"lr/{part}"] for line in log] == pytest.approx(expected)
+        rates = [line["lr/projector"] for line in log]
+        assert rates[0] == pytest.approx(1e-4) and rates.index(max(rates)) in (9, 10)
 
 
 def test_missing_shards_end_the_program_with_one_line(recipe, tmp_path):

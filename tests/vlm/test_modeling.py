@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import vlm.modeling as modeling
+from vlm.assemble import assemble
 from vlm.decoder.state import DecoderState
 from vlm.engine import Engine, Request
 from vlm.loss import IGNORE_INDEX
@@ -166,6 +167,26 @@ def test_blank_tiles_change_nothing_but_reach_every_parameter(exact_model, sampl
     found = gradients(exact_model, blanked.loss)
     touched = {name for name, p in exact_model.named_parameters() if name.startswith("projector")}
     assert touched <= found.keys() and not any(found[name].any() for name in touched)
+
+
+def test_blank_tiles_move_no_running_statistics(tiny_processor, samples):
+    """BatchNorm in train mode: black tiles would pull every variance towards 0. Each is still encoded once, by statistics of its batch,
+    with a gradient of 0 for every parameter; any other call moves the statistics as before."""
+    model, _ = assemble("tiny", vision_encoder="timm:resnet10t", vision_settings={"image_size": 64, "output_stride": 8}, seed=0)
+    model.train()
+    encoder, (ids, labels, _), blank = model.vision_encoder, samples[1], torch.zeros(1, 3, 64, 64)
+    before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    calls = []
+    handle = encoder.register_forward_hook(lambda module, inputs, output: calls.append(output.detach()))
+    for _ in range(3):
+        model(input_ids=ids, labels=labels, pixel_values=blank, pixels_are_blank=True).loss.backward()
+    handle.remove()
+    assert any(name.endswith("running_var") for name in before)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in encoder.named_buffers())
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in encoder.parameters())
+    assert len(calls) == 3 and all(torch.equal(call, encoder(blank)) for call in calls)
+    moved = {name for name, buffer in encoder.named_buffers() if not torch.equal(buffer, before[name])}
+    assert moved >= {name for name in before if name.endswith(("running_var", "num_batches_tracked"))}
 
 
 def test_placeholders_and_visual_tokens_must_agree(exact_model, samples):
