@@ -43,7 +43,7 @@ class Prepared:
     """engine: DeepSpeed's, around the model; optimizer: its groups are what rates are set on; calendars: (name, peak rate, warm-up) of each
     group; heldout: the stream of held-out samples; described: what makes this run this run; standing and ledger: where it goes on;
     recipe: with the micro-batches that its packs need; dealt: how even the ranks' work will be; watch: adapters waiting for a gradient;
-    fp8: the guard of the decoder's FP8 layers."""
+    fp8: the guard of the decoder's FP8 layers; random_states: those of the checkpoint, to be set right before the first step."""
 
     recipe: Recipe
     engine: object
@@ -61,6 +61,7 @@ class Prepared:
     dealt: Dealt
     watch: AdapterWatch | None
     fp8: Fp8Guard | None
+    random_states: dict | None
 
     def batches(self):
         """This rank's packs, from the step on at which the run stands."""
@@ -77,6 +78,7 @@ class Prepared:
             num_workers=data.workers,
             collate_fn=lambda samples: pack(samples, filler, tile_size),
             prefetch_factor=4 if data.workers else None,
+            generator=torch.Generator().manual_seed(self.recipe.run.seed),  # or opening it draws a number that steps would get
         ))  # fmt: skip
 
 
@@ -158,10 +160,10 @@ def prepare(recipe: Recipe) -> Prepared | None:
     watch = AdapterWatch(engine.module) if recipe.lora else None
     # Read now: loading a checkpoint may put new groups in the place of these.
     calendars = [(rate_name(group), group["peak_lr"], group["warmup"]) for group in optimizer.param_groups]
-    standing = Standing()
+    standing, states = Standing(), None
     ledger = Ledger(source_names([Path(source.folder) for source in stream.sources]), [source.never_read() for source in stream.sources])
     if start.checkpoint:
-        load_checkpoint(engine, start.checkpoint, start.ranks, engine_folder=laid_out)
+        states = load_checkpoint(engine, start.checkpoint, start.ranks, engine_folder=laid_out)
         standing, ledger = start.standing, ledger.restore(start.ledger)
         standing.starts += 1
         if fp8:
@@ -174,5 +176,5 @@ def prepare(recipe: Recipe) -> Prepared | None:
             shutil.rmtree(laid_out, ignore_errors=True)
     return Prepared(
         recipe, engine, optimizer, calendars, processor, stream, heldout, costs, described, start, standing, ledger, parts, dealt, watch,
-        fp8,
+        fp8, states,
     )  # fmt: skip

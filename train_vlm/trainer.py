@@ -17,7 +17,7 @@ import yaml
 from train_vlm.accounts import Accounts, peak_of
 from train_vlm.adapters import check_adapters, save_trained
 from train_vlm.autopsy import write_autopsy
-from train_vlm.checkpointing import save_checkpoint
+from train_vlm.checkpointing import save_checkpoint, set_random_states
 from train_vlm.heldout import heldout_loss
 from train_vlm.ledger import COUNTS, Ledger, count_batches
 from train_vlm.perplexity import measure_perplexity, text_windows
@@ -97,6 +97,9 @@ def train(recipe: Recipe) -> Path:
         accounts.pause(time.monotonic() - began)
         return found
 
+    # Dropout of the first step here must be that of the same step in a run that was not stopped: nothing may draw from here on.
+    if run.random_states is not None:
+        set_random_states(run.random_states)
     try:
         while (place := progress.position(at.step))[0] < place[1]:
             # 1. Read.
