@@ -24,7 +24,7 @@ from train_vlm.fp8_guard import Fp8Guard, start_fp8
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups, parts_table, rate_name
 from train_vlm.kept_precision import widen_kept
 from train_vlm.ledger import Ledger
-from train_vlm.ranks import on_first_rank, start_deepspeed
+from train_vlm.ranks import on_first_rank
 from train_vlm.reading import SampleStream
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import Standing, Start, look_for_start
@@ -115,10 +115,11 @@ def _plan(recipe: Recipe, stream: SampleStream, ranks: int) -> str:
 
 def prepare(recipe: Recipe) -> Prepared | None:
     """Load, check, print the plan, start the engine, and load a checkpoint when there is one. None: the run is finished already.
+    Called between the ranks' meeting (`start_deepspeed`) and the first step, by the only process that writes to `recipe.out`.
 
     Raises ValueError or FileNotFoundError for inputs that do not fit and for what another recipe left behind.
     """
-    _, rank, ranks, device = start_deepspeed(recipe)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     recipe.deepspeed_config(ranks)  # whether the batch divides, before a model is read
     torch.manual_seed(recipe.run.seed)
     model, processor = load_model(recipe.model, dtype=torch.bfloat16 if recipe.run.precision == "bfloat16" else torch.float32)

@@ -4,6 +4,7 @@ DeepSpeed moves the gradients and shards the state. Where a run begins is decide
 starts it, and goes on with it after a kill at any moment - same samples, same order, same losses to the last bit on as many ranks.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import sys
@@ -23,9 +24,10 @@ from train_vlm.ledger import COUNTS, Ledger, count_batches
 from train_vlm.perplexity import measure_perplexity, text_windows
 from train_vlm.preparing import Prepared, prepare
 from train_vlm.progress import Progress, learning_rate_share, share_from_first_rank
-from train_vlm.ranks import sum_over_ranks
+from train_vlm.ranks import on_first_rank, start_deepspeed, sum_over_ranks
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import SavePlan, checkpoint_content, checkpoints_of, mark_finished
+from train_vlm.run_lock import only_one
 from train_vlm.run_log import RunLog
 from train_vlm.training_report import write_training_report
 from train_vlm.training_step import NotFiniteError, train_step
@@ -57,13 +59,20 @@ def _count(ledger: Ledger, micro: list[dict], device: torch.device) -> int:
 def train(recipe: Recipe) -> Path:
     """Run a recipe from its model folder to its output folder, or go on with it from its last checkpoint. Returns the output folder.
 
-    Raises ValueError or FileNotFoundError for inputs that do not fit, NotFiniteError for a loss or a gradient that is not finite.
+    Raises ValueError or FileNotFoundError for inputs that do not fit or an output folder that another process is writing to,
+    NotFiniteError for a loss or a gradient that is not finite.
     """
-    out = Path(recipe.out)
-    run = prepare(recipe)
-    if run is None:
-        return out
-    recipe = run.recipe
+    start_deepspeed(recipe)
+    with contextlib.ExitStack() as held:
+        on_first_rank(lambda: held.enter_context(only_one(recipe.out)))
+        if run := prepare(recipe):
+            _train(run)
+    return Path(recipe.out)
+
+
+def _train(run: Prepared) -> None:
+    """The loop, and what comes after it."""
+    recipe, out = run.recipe, Path(run.recipe.out)
     engine, at, ledger, device = run.engine, run.standing, run.ledger, run.engine.device
     rank, log_folder = torch.distributed.get_rank(), out.with_name(out.name + ".log")
     peak, peak_source = peak_of(device, recipe.run.precision, recipe.run.peak_teraflops)
@@ -177,7 +186,6 @@ def train(recipe: Recipe) -> Path:
             f"model at {out}, report at {page}",
             flush=True,
         )
-    return out
 
 
 def _autopsy(run: Prepared, recipe: Recipe, micro: list[dict], log_folder: Path, error: NotFiniteError) -> str:

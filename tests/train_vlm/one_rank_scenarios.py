@@ -5,6 +5,7 @@ python one_rank_scenarios.py SHARDS MODEL OUT
 """
 
 import json
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -12,7 +13,9 @@ from pathlib import Path
 
 from cut_short import train_until
 
+import train_vlm.trainer as training_loop
 from train_vlm.recipe import Data, Lora, Parts, Recipe, Run, Source
+from train_vlm.run_lock import lock_file
 from train_vlm.trainer import train
 
 SETTINGS = {"steps": 5, "log_every": 1, "threads_per_rank": 1, "save_every_steps": 2, "save_every_minutes": None}
@@ -31,6 +34,22 @@ def with_dropout(base: Recipe, out: Path) -> dict:
     return {name: content == weights["whole"] for name, content in weights.items()}
 
 
+def locked(recipe: Recipe) -> dict:
+    """Who has the output folder in a step of a run, and after it."""
+    real, told = training_loop.train_step, []
+
+    def step(*arguments, **keywords):
+        told.append(lock_file(recipe.out).read_text() == str(os.getpid()))
+        return real(*arguments, **keywords)
+
+    training_loop.train_step = step
+    try:
+        train(recipe)
+    finally:
+        training_loop.train_step = real
+    return {"within": all(told) and bool(told), "after": lock_file(recipe.out).exists()}
+
+
 def main(shards: str, model: str, out: str) -> None:
     warnings.filterwarnings("ignore")
     base = Recipe(
@@ -38,6 +57,7 @@ def main(shards: str, model: str, out: str) -> None:
         data=Data(sources=(Source(shards),), batch_samples=4, workers=0, max_skipped_percent=50),
     )  # fmt: skip
     results = {"dropout": with_dropout(base, Path(out, "dropout"))}
+    results["lock"] = locked(replace(base, out=f"{out}/locked"))
     Path(out, "results.json").write_text(json.dumps(results))
 
 

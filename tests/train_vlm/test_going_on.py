@@ -51,3 +51,7 @@ def test_a_stopped_run_with_dropout_goes_on_to_the_last_bit(seen):
 def test_measuring_the_peak_changes_no_step(seen):
     """run.peak_teraflops may change between two starts of one run."""
     assert seen[0]["dropout"]["told"]
+
+
+def test_a_run_has_its_folder_to_itself_while_it_goes_on(seen):
+    assert seen[0]["lock"] == {"within": True, "after": False}
