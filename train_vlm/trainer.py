@@ -106,6 +106,18 @@ def _train(run: Prepared) -> None:
         accounts.pause(time.monotonic() - began)
         return found
 
+    def tell_all() -> None:
+        at.spent_seconds = progress.spent
+        log.close({
+            "steps": at.step, "seconds": round(at.spent_seconds, 1), "loss": at.smooth_loss, "starts": at.starts,
+            "waiting_for_data_percent": round(100 * at.waiting_seconds / max(at.spent_seconds, 1e-9), 1),
+            "median_step_seconds": statistics.median(times) if times else None, "ledger": ledger.to_dict(), "parts": run.parts,
+            "dealt": dataclasses.asdict(run.dealt),
+            "fp8": run.fp8.rows() if run.fp8 else None,
+            "recipe": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), "command": " ".join(sys.argv),
+            "peak": f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_source})", **final,
+        })  # fmt: skip
+
     # Dropout of the first step here must be that of the same step in a run that was not stopped: nothing may draw from here on.
     if run.random_states is not None:
         set_random_states(run.random_states)
@@ -164,22 +176,15 @@ def _train(run: Prepared) -> None:
         weights = full_state_dict(engine, recipe.run.zero_stage)
         if rank == 0:
             save_trained(engine.module, run.processor, out, weights, merge=recipe.lora is None or recipe.lora.merge)
+            tell_all()
+            page = write_training_report(log_folder)
+            # At last: a start that finds the marker has nothing to do.
             mark_finished(recipe, run.described, at, ledger.to_dict())
         torch.distributed.barrier()
     finally:
-        at.spent_seconds = progress.spent
-        log.close({
-            "steps": at.step, "seconds": round(at.spent_seconds, 1), "loss": at.smooth_loss, "starts": at.starts,
-            "waiting_for_data_percent": round(100 * at.waiting_seconds / max(at.spent_seconds, 1e-9), 1),
-            "median_step_seconds": statistics.median(times) if times else None, "ledger": ledger.to_dict(), "parts": run.parts,
-            "dealt": dataclasses.asdict(run.dealt),
-            "fp8": run.fp8.rows() if run.fp8 else None,
-            "recipe": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), "command": " ".join(sys.argv),
-            "peak": f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_source})", **final,
-        })  # fmt: skip
+        tell_all()
         engine.destroy()
     if rank == 0:
-        page = write_training_report(log_folder)
         waiting = 100 * at.waiting_seconds / max(at.spent_seconds, 1e-9)
         print(
             f"{ledger.text()}\n{at.step} steps in {at.spent_seconds:.0f} s, loss {at.smooth_loss:.3f}, {waiting:.0f} % waiting for data; "

@@ -50,6 +50,22 @@ def locked(recipe: Recipe) -> dict:
     return {"within": all(told) and bool(told), "after": lock_file(recipe.out).exists()}
 
 
+def told_before_the_marker(recipe: Recipe) -> list[str]:
+    """The log folder's files at the moment in which the run is marked as finished."""
+    real, found = training_loop.mark_finished, []
+
+    def mark(*arguments):
+        found.extend(sorted(path.name for path in Path(f"{recipe.out}.log").iterdir() if path.is_file()))
+        real(*arguments)
+
+    training_loop.mark_finished = mark
+    try:
+        train(recipe)
+    finally:
+        training_loop.mark_finished = real
+    return found
+
+
 def main(shards: str, model: str, out: str) -> None:
     warnings.filterwarnings("ignore")
     base = Recipe(
@@ -58,6 +74,7 @@ def main(shards: str, model: str, out: str) -> None:
     )  # fmt: skip
     results = {"dropout": with_dropout(base, Path(out, "dropout"))}
     results["lock"] = locked(replace(base, out=f"{out}/locked"))
+    results["told"] = told_before_the_marker(replace(base, out=f"{out}/told"))
     Path(out, "results.json").write_text(json.dumps(results))
 
 

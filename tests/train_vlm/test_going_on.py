@@ -55,3 +55,8 @@ def test_measuring_the_peak_changes_no_step(seen):
 
 def test_a_run_has_its_folder_to_itself_while_it_goes_on(seen):
     assert seen[0]["lock"] == {"within": True, "after": False}
+
+
+def test_summary_and_report_are_there_before_the_run_counts_as_finished(seen):
+    """Killed between the two, the next start said "finished already" and they never came."""
+    assert {"log.jsonl", "summary.json", "report.html", "report.md"} <= set(seen[0]["told"])
