@@ -6,7 +6,7 @@ Order matters: what is decided (start, parts, costs) is decided while the model 
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -33,9 +33,9 @@ from vlm.checkpoint import load_model
 from vlm.lora import AdapterWatch
 from vlm.processing import VLMProcessor
 
-__all__ = ["Prepared", "prepare", "sample_costs"]
+__all__ = ["Prepared", "fitted_steps", "prepare", "sample_costs"]
 
-FITTED_STEPS = 5000  # whose packs are looked at for data.pack_tokens: some seconds
+FITTED_SAMPLES = 2_000_000  # whose packs are looked at for data.pack_tokens: some 15 seconds; the loop tells of a later one that is longer
 
 
 @dataclass
@@ -87,14 +87,21 @@ def sample_costs(stream: SampleStream, costs: FlopCosts) -> tuple[Callable[[int]
     return lambda position: costs.step([stream.expected(position)]), lambda position: stream.expected(position)["tokens"]
 
 
+def fitted_steps(recipe: Recipe) -> int:
+    """How many steps' packs are made to fit before a run begins: all of them, or FITTED_SAMPLES' worth of a longer run."""
+    most = FITTED_SAMPLES // recipe.data.batch_samples
+    return most if recipe.run.steps is None else min(recipe.run.steps, most)
+
+
 def _fitted(recipe: Recipe, stream: SampleStream, costs: FlopCosts, ranks: int) -> Recipe:
     """The recipe with as many micro-batches as data.pack_tokens needs."""
     data = recipe.data
     if data.pack_tokens is None:
         return recipe
-    cost, tokens = (cache(measure) for measure in sample_costs(stream, costs))
-    steps = min(recipe.run.steps or FITTED_STEPS, FITTED_STEPS)
-    found = fitting_micro_batches(data.batch_samples, data.micro_batches, ranks, cost, tokens, pack_tokens=data.pack_tokens, steps=steps)
+    cost, tokens = (lru_cache(2 * data.batch_samples)(measure) for measure in sample_costs(stream, costs))  # of the step at hand
+    found = fitting_micro_batches(
+        data.batch_samples, data.micro_batches, ranks, cost, tokens, pack_tokens=data.pack_tokens, steps=fitted_steps(recipe)
+    )
     return replace(recipe, data=replace(data, micro_batches=found))
 
 

@@ -44,16 +44,18 @@ def full_state_dict(engine, zero_stage: int) -> dict | None:
     return engine.module.state_dict()
 
 
-def _count(ledger: Ledger, micro: list[dict], device: torch.device) -> int:
-    """Enter what all ranks read for a step; returns its supervised tokens."""
-    counts = sum_over_ranks(count_batches(micro, len(ledger.names)), device)
+def _count(ledger: Ledger, micro: list[dict], device: torch.device, pack_tokens: int | None) -> tuple[int, int]:
+    """Enter what all ranks read for a step; returns its supervised tokens, and how many of its packs are longer than `pack_tokens`."""
+    long = 0 if pack_tokens is None else sum(sum(sample["tokens"] for sample in batch["samples"]) > pack_tokens for batch in micro)
+    counts = sum_over_ranks(torch.cat([count_batches(micro, len(ledger.names)), torch.tensor([long])]), device)
+    counts, long = counts[:-1], int(counts[-1])
     skipped_before, examples = ledger.skipped, [example for batch in micro for example in batch["skipped"]]
     tokens = ledger.add(counts)
     if ledger.skipped > skipped_before:  # the same on all ranks: only then are names worth a second message
         gathered = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, examples)
         ledger.add_examples(example for part in gathered for example in part)
-    return tokens
+    return tokens, long
 
 
 def train(recipe: Recipe) -> Path:
@@ -112,7 +114,7 @@ def _train(run: Prepared) -> None:
             "steps": at.step, "seconds": round(at.spent_seconds, 1), "loss": at.smooth_loss, "starts": at.starts,
             "waiting_for_data_percent": round(100 * at.waiting_seconds / max(at.spent_seconds, 1e-9), 1),
             "median_step_seconds": statistics.median(times) if times else None, "ledger": ledger.to_dict(), "parts": run.parts,
-            "dealt": dataclasses.asdict(run.dealt),
+            "dealt": dataclasses.asdict(run.dealt), "long_packs": at.long_packs,
             "fp8": run.fp8.rows() if run.fp8 else None,
             "recipe": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), "command": " ".join(sys.argv),
             "peak": f"{peak / 1e12:.3g} TFLOP/s a rank ({peak_source})", **final,
@@ -127,7 +129,7 @@ def _train(run: Prepared) -> None:
             begun = time.monotonic()
             micro = [next(batches) for _ in range(recipe.data.micro_batches)]
             waited = time.monotonic() - begun
-            tokens = _count(ledger, micro, device)
+            tokens, long_packs = _count(ledger, micro, device, recipe.data.pack_tokens)
             ledger.check(recipe.data.max_skipped_percent)
             # 2. Step.
             for group, (_, peak_rate, warmup) in zip(run.optimizer.param_groups, run.calendars, strict=True):
@@ -146,6 +148,12 @@ def _train(run: Prepared) -> None:
             for event in run.fp8.end(at.step, device) if run.fp8 else ():
                 log.tell(at.step, event)
                 at.fp8_put_back = list(run.fp8.put_back)
+            if long_packs:
+                at.long_packs += long_packs
+                words = (
+                    f"step {at.step}: {long_packs} pack(s) longer than data.pack_tokens ({recipe.data.pack_tokens}), {at.long_packs} so far"
+                )
+                log.tell(at.step, {"event": "long packs", "packs": long_packs, "text": f"{words}; more data.micro_batches shorten them"})
             at.smooth_loss = done.loss if at.smooth_loss is None else 0.95 * at.smooth_loss + 0.05 * done.loss
             at.waiting_seconds += waited
             # Under ZeRO-3 ranks wait for each other's weights within a forward pass: its time says nothing about one of them.

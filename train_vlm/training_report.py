@@ -34,10 +34,11 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) if (folder / "summary.json").is_file() else {}
     name = folder.name.removesuffix(".log")
     page = Report(f"Training of {name}", summary.get("command"))
-    last = lines[-1] if lines else {}
+    last = next((line for line in reversed(lines) if "loss" in line), {})
     figures = [("steps", last.get("step")), ("loss, smoothed", last.get("smooth_loss")), ("held-out loss", last.get("heldout_loss")),
                ("minutes", summary["seconds"] / 60 if "seconds" in summary else None), ("MFU %", last.get("mfu_percent")),
-               ("waiting for data %", summary.get("waiting_for_data_percent")), ("GB of memory", last.get("memory_gb"))]  # fmt: skip
+               ("waiting for data %", summary.get("waiting_for_data_percent")), ("GB of memory", last.get("memory_gb")),
+               ("packs over their limit", summary.get("long_packs") or None)]  # fmt: skip
     page.figures([(label, value) for label, value in figures if value is not None], decimals=2)
     if len(lines) > 1:
         page.heading("Loss").text("Per supervised token; by source, the mean since the line before.")

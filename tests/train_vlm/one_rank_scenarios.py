@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cut_short import train_until
 
+import train_vlm.preparing as preparing
 import train_vlm.trainer as training_loop
 from train_vlm.recipe import Data, Lora, Parts, Recipe, Run, Source
 from train_vlm.run_lock import lock_file
@@ -66,6 +67,24 @@ def told_before_the_marker(recipe: Recipe) -> list[str]:
     return found
 
 
+def longer_than_fitted(recipe: Recipe) -> dict:
+    """A run of which no step was fitted, each of whose packs is too long, stopped in its fourth step and gone on with."""
+    real, preparing.FITTED_SAMPLES = preparing.FITTED_SAMPLES, 0
+    try:
+        recipe = replace(recipe, data=replace(recipe.data, max_tokens=60, pack_tokens=60))
+        train_until(recipe, 4)
+        train(recipe)
+    finally:
+        preparing.FITTED_SAMPLES = real
+    folder = Path(f"{recipe.out}.log")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {
+        "told": [line["step"] for line in lines if line.get("event") == "long packs"],
+        "counted": json.loads((folder / "summary.json").read_text())["long_packs"],
+        "report": (folder / "report.md").read_text(),
+    }
+
+
 def main(shards: str, model: str, out: str) -> None:
     warnings.filterwarnings("ignore")
     base = Recipe(
@@ -75,6 +94,7 @@ def main(shards: str, model: str, out: str) -> None:
     results = {"dropout": with_dropout(base, Path(out, "dropout"))}
     results["lock"] = locked(replace(base, out=f"{out}/locked"))
     results["told"] = told_before_the_marker(replace(base, out=f"{out}/told"))
+    results["long"] = longer_than_fitted(replace(base, out=f"{out}/long"))
     Path(out, "results.json").write_text(json.dumps(results))
 
 

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from train_vlm.preparing import FITTED_SAMPLES, fitted_steps
+from train_vlm.recipe import load_recipe
 from train_vlm.shards import convert
 from vlm.assemble import assemble
 from vlm.checkpoint import save_model
@@ -60,3 +63,16 @@ def test_a_run_has_its_folder_to_itself_while_it_goes_on(seen):
 def test_summary_and_report_are_there_before_the_run_counts_as_finished(seen):
     """Killed between the two, the next start said "finished already" and they never came."""
     assert {"log.jsonl", "summary.json", "report.html", "report.md"} <= set(seen[0]["told"])
+
+
+def test_packs_that_nobody_fitted_are_told_when_they_come(seen):
+    """Beyond the steps that are looked at before a run, a pack went over its limit in silence, and the card out of memory."""
+    found = seen[0]["long"]
+    assert found["told"] == [1, 2, 3, 4, 5] and found["counted"] == 5 and "packs over their limit" in found["report"]
+
+
+def test_all_steps_of_the_real_recipes_are_fitted():
+    """The 8B SFT recipe has 5,197; 5,000 were looked at."""
+    recipes = [load_recipe(ROOT / "train_vlm" / "recipes" / f"{name}.yaml") for name in ("8b_sft", "4b_lora")]
+    assert all(fitted_steps(recipe) == recipe.run.steps for recipe in recipes)
+    assert fitted_steps(replace(recipes[0], run=replace(recipes[0].run, steps=10**6))) * recipes[0].data.batch_samples <= FITTED_SAMPLES
