@@ -133,8 +133,8 @@ def _read_checked(checkpoint: Path) -> dict:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and its run.json, or None. A damaged one is named, put aside as `NAME.damaged`, and the one before it is
-    taken."""
+    """The newest whole checkpoint and its run.json, or None. A damaged one is named, put aside as `NAME.damaged` until the start after
+    this one (leftovers.py), and the one before it is taken."""
     for leftover in folder.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     for checkpoint in checkpoint_folders(folder):
@@ -144,7 +144,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
             aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(checkpoint, aside)
-            print(f"checkpoint {checkpoint} is damaged: {error}; skipped, kept as {aside.name}", flush=True)
+            print(f"checkpoint {checkpoint} is damaged: {error}; skipped, kept as {aside.name} until the next start", flush=True)
     return None
 
 

@@ -21,6 +21,7 @@ from train_vlm.autopsy import write_autopsy
 from train_vlm.checkpointing import save_checkpoint, set_random_states
 from train_vlm.heldout import heldout_loss
 from train_vlm.ledger import COUNTS, Ledger, count_batches
+from train_vlm.leftovers import remove_leftovers
 from train_vlm.perplexity import measure_perplexity, text_windows
 from train_vlm.preparing import Prepared, prepare
 from train_vlm.progress import Progress, learning_rate_share, share_from_first_rank
@@ -66,7 +67,7 @@ def train(recipe: Recipe) -> Path:
     """
     start_deepspeed(recipe)
     with contextlib.ExitStack() as held:
-        on_first_rank(lambda: held.enter_context(only_one(recipe.out)))
+        on_first_rank(lambda: held.enter_context(only_one(recipe.out)) or remove_leftovers(recipe.out))
         if run := prepare(recipe):
             _train(run)
     return Path(recipe.out)
