@@ -36,8 +36,10 @@ def with_dropout(base: Recipe, out: Path) -> dict:
 
 
 def locked(recipe: Recipe) -> dict:
-    """Who has the output folder in a step of a run, and after it."""
+    """Who has the output folder in a step of a run, and after it; and whether what a dead run left beside it is still there."""
     real, told = training_loop.train_step, []
+    left = Path(recipe.out).with_name(f".{Path(recipe.out).name}.abcd1234.partial")
+    left.mkdir()
 
     def step(*arguments, **keywords):
         told.append(lock_file(recipe.out).read_text() == str(os.getpid()))
@@ -48,7 +50,7 @@ def locked(recipe: Recipe) -> dict:
         train(recipe)
     finally:
         training_loop.train_step = real
-    return {"within": all(told) and bool(told), "after": lock_file(recipe.out).exists()}
+    return {"within": all(told) and bool(told), "after": lock_file(recipe.out).exists(), "left": left.exists()}
 
 
 def told_before_the_marker(recipe: Recipe) -> list[str]:

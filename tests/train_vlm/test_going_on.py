@@ -56,8 +56,8 @@ def test_measuring_the_peak_changes_no_step(seen):
     assert seen[0]["dropout"]["told"]
 
 
-def test_a_run_has_its_folder_to_itself_while_it_goes_on(seen):
-    assert seen[0]["lock"] == {"within": True, "after": False}
+def test_a_run_has_its_folder_to_itself_and_clears_away_what_dead_ones_left(seen):
+    assert seen[0]["lock"] == {"within": True, "after": False, "left": False}
 
 
 def test_summary_and_report_are_there_before_the_run_counts_as_finished(seen):
