@@ -133,8 +133,8 @@ def _read_checked(checkpoint: Path) -> dict:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and its run.json, or None. A damaged one is named, put aside as `NAME.damaged`, and the one before it is
-    taken."""
+    """The newest whole checkpoint and its run.json, or None. A damaged one is named, put aside as `NAME.damaged` until the start after
+    this one (leftovers.py), and the one before it is taken."""
     for leftover in folder.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     for checkpoint in checkpoint_folders(folder):
@@ -144,7 +144,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
             aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(checkpoint, aside)
-            print(f"checkpoint {checkpoint} is damaged: {error}; skipped, kept as {aside.name}", flush=True)
+            print(f"checkpoint {checkpoint} is damaged: {error}; skipped, kept as {aside.name} until the next start", flush=True)
     return None
 
 
@@ -175,11 +175,12 @@ def _mend_universal(optimizer, groups: list[dict]) -> None:
             state["step"] = state["step"].clone()
 
 
-def load_checkpoint(engine, checkpoint: Path, ranks_then: int, *, engine_folder: Path | None = None) -> None:
-    """Put weights, optimizer, buffers and random states back; every rank calls it, after `deepspeed.initialize`.
+def load_checkpoint(engine, checkpoint: Path, ranks_then: int, *, engine_folder: Path | None = None) -> dict | None:
+    """Put weights, optimizer and buffers back; every rank calls it, after `deepspeed.initialize`.
 
-    `ranks_then`: ranks that wrote it. With another number now, `engine_folder` is what `reshaped` gave (none is needed without ZeRO), and
-    random states begin anew from the seed.
+    Returns this rank's random states, for `set_random_states` when nothing but steps will draw from them any more. `ranks_then`: ranks
+    that wrote the checkpoint. With another number now, `engine_folder` is what `reshaped` gave (none is needed without ZeRO), and there
+    are no states (None): they begin anew from the seed. Raises ValueError when DeepSpeed finds nothing in the folder.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     groups = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
@@ -193,5 +194,4 @@ def load_checkpoint(engine, checkpoint: Path, ranks_then: int, *, engine_folder:
     buffers = dict(engine.module.named_buffers())
     for name, value in own["buffers"].items():
         buffers[name].copy_(value)
-    if ranks == ranks_then:
-        set_random_states(own["random"])
+    return own["random"] if ranks == ranks_then else None

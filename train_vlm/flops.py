@@ -131,7 +131,8 @@ def measure_peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, 
     """FLOP per second of a product of two square matrices, the best of a few: the ceiling of a device nobody listed."""
     import time
 
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # its own: whether a peak is measured must not change what steps draw
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()

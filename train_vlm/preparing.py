@@ -6,7 +6,7 @@ Order matters: what is decided (start, parts, costs) is decided while the model 
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from train_vlm.fp8_guard import Fp8Guard, start_fp8
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups, parts_table, rate_name
 from train_vlm.kept_precision import widen_kept
 from train_vlm.ledger import Ledger
-from train_vlm.ranks import on_first_rank, start_deepspeed
+from train_vlm.ranks import on_first_rank
 from train_vlm.reading import SampleStream
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import Standing, Start, look_for_start
@@ -33,9 +33,9 @@ from vlm.checkpoint import load_model
 from vlm.lora import AdapterWatch
 from vlm.processing import VLMProcessor
 
-__all__ = ["Prepared", "prepare", "sample_costs"]
+__all__ = ["Prepared", "fitted_steps", "prepare", "sample_costs"]
 
-FITTED_STEPS = 5000  # whose packs are looked at for data.pack_tokens: some seconds
+FITTED_SAMPLES = 2_000_000  # whose packs are looked at for data.pack_tokens: some 15 seconds; the loop tells of a later one that is longer
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Prepared:
     """engine: DeepSpeed's, around the model; optimizer: its groups are what rates are set on; calendars: (name, peak rate, warm-up) of each
     group; heldout: the stream of held-out samples; described: what makes this run this run; standing and ledger: where it goes on;
     recipe: with the micro-batches that its packs need; dealt: how even the ranks' work will be; watch: adapters waiting for a gradient;
-    fp8: the guard of the decoder's FP8 layers."""
+    fp8: the guard of the decoder's FP8 layers; random_states: those of the checkpoint, to be set right before the first step."""
 
     recipe: Recipe
     engine: object
@@ -61,6 +61,7 @@ class Prepared:
     dealt: Dealt
     watch: AdapterWatch | None
     fp8: Fp8Guard | None
+    random_states: dict | None
 
     def batches(self):
         """This rank's packs, from the step on at which the run stands."""
@@ -77,6 +78,7 @@ class Prepared:
             num_workers=data.workers,
             collate_fn=lambda samples: pack(samples, filler, tile_size),
             prefetch_factor=4 if data.workers else None,
+            generator=torch.Generator().manual_seed(self.recipe.run.seed),  # or opening it draws a number that steps would get
         ))  # fmt: skip
 
 
@@ -85,14 +87,21 @@ def sample_costs(stream: SampleStream, costs: FlopCosts) -> tuple[Callable[[int]
     return lambda position: costs.step([stream.expected(position)]), lambda position: stream.expected(position)["tokens"]
 
 
+def fitted_steps(recipe: Recipe) -> int:
+    """How many steps' packs are made to fit before a run begins: all of them, or FITTED_SAMPLES' worth of a longer run."""
+    most = FITTED_SAMPLES // recipe.data.batch_samples
+    return most if recipe.run.steps is None else min(recipe.run.steps, most)
+
+
 def _fitted(recipe: Recipe, stream: SampleStream, costs: FlopCosts, ranks: int) -> Recipe:
     """The recipe with as many micro-batches as data.pack_tokens needs."""
     data = recipe.data
     if data.pack_tokens is None:
         return recipe
-    cost, tokens = (cache(measure) for measure in sample_costs(stream, costs))
-    steps = min(recipe.run.steps or FITTED_STEPS, FITTED_STEPS)
-    found = fitting_micro_batches(data.batch_samples, data.micro_batches, ranks, cost, tokens, pack_tokens=data.pack_tokens, steps=steps)
+    cost, tokens = (lru_cache(2 * data.batch_samples)(measure) for measure in sample_costs(stream, costs))  # of the step at hand
+    found = fitting_micro_batches(
+        data.batch_samples, data.micro_batches, ranks, cost, tokens, pack_tokens=data.pack_tokens, steps=fitted_steps(recipe)
+    )
     return replace(recipe, data=replace(data, micro_batches=found))
 
 
@@ -113,10 +122,11 @@ def _plan(recipe: Recipe, stream: SampleStream, ranks: int) -> str:
 
 def prepare(recipe: Recipe) -> Prepared | None:
     """Load, check, print the plan, start the engine, and load a checkpoint when there is one. None: the run is finished already.
+    Called between the ranks' meeting (`start_deepspeed`) and the first step, by the only process that writes to `recipe.out`.
 
     Raises ValueError or FileNotFoundError for inputs that do not fit and for what another recipe left behind.
     """
-    _, rank, ranks, device = start_deepspeed(recipe)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     recipe.deepspeed_config(ranks)  # whether the batch divides, before a model is read
     torch.manual_seed(recipe.run.seed)
     model, processor = load_model(recipe.model, dtype=torch.bfloat16 if recipe.run.precision == "bfloat16" else torch.float32)
@@ -158,10 +168,10 @@ def prepare(recipe: Recipe) -> Prepared | None:
     watch = AdapterWatch(engine.module) if recipe.lora else None
     # Read now: loading a checkpoint may put new groups in the place of these.
     calendars = [(rate_name(group), group["peak_lr"], group["warmup"]) for group in optimizer.param_groups]
-    standing = Standing()
+    standing, states = Standing(), None
     ledger = Ledger(source_names([Path(source.folder) for source in stream.sources]), [source.never_read() for source in stream.sources])
     if start.checkpoint:
-        load_checkpoint(engine, start.checkpoint, start.ranks, engine_folder=laid_out)
+        states = load_checkpoint(engine, start.checkpoint, start.ranks, engine_folder=laid_out)
         standing, ledger = start.standing, ledger.restore(start.ledger)
         standing.starts += 1
         if fp8:
@@ -174,5 +184,5 @@ def prepare(recipe: Recipe) -> Prepared | None:
             shutil.rmtree(laid_out, ignore_errors=True)
     return Prepared(
         recipe, engine, optimizer, calendars, processor, stream, heldout, costs, described, start, standing, ledger, parts, dealt, watch,
-        fp8,
+        fp8, states,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from pathlib import Path
 from train_vlm.quickstart_report import print_scores, write_report
 from train_vlm.quickstart_steps import ROOT, Step, run_steps
 from train_vlm.recipe import load_recipe
+from train_vlm.run_lock import only_one
 from train_vlm.scenes.llava_files import SHORT_ANSWER, VIZWIZ_SHORT_ANSWER
 
 __all__ = ["main", "plan"]
@@ -146,8 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     try:
         steps = plan(options.out, options.minutes, pictures=pictures, heldout=options.heldout, ranks=ranks, seed=options.seed)
-        receipts = run_steps(steps, options.out)
-        page = write_report(options.out, receipts, minutes=options.minutes)
+        with only_one(options.out):
+            receipts = run_steps(steps, options.out)
+            page = write_report(options.out, receipts, minutes=options.minutes)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from train_vlm.ending_together import STARTED_BY, tied
 from vlm.files import write_whole
 
 __all__ = ["ROOT", "Step", "run_steps"]
@@ -70,7 +71,7 @@ class _PeakMemory(threading.Thread):
 
 
 def _environment(side_by_side: int) -> dict:
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {STARTED_BY: str(os.getpid())}
     environment.setdefault("DS_ACCELERATOR", "cuda" if shutil.which("nvidia-smi") else "cpu")
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large buffers in large pages
@@ -120,7 +121,7 @@ def run_steps(steps: list[Step], out: Path) -> dict[str, dict]:
             log = out / "logs" / (step.name.replace(": ", "-") + (f"-{place}" if len(step.commands) > 1 else "") + ".log")
             # One command: its bar is shown. Several side by side: their output goes to files, or they would write over each other.
             handle = None if len(step.commands) == 1 else open(log, "w", encoding="utf-8")  # noqa: SIM115
-            process = subprocess.Popen(command, env=_environment(side_by_side), stdout=handle, stderr=handle)
+            process = subprocess.Popen(tied(command), env=_environment(side_by_side), stdout=handle, stderr=handle)
             running.append((process, handle, log, command))
         failed = None
         for process, handle, log, command in running:

@@ -24,7 +24,8 @@ COST_SHARE = 0.02  # saving by the clock takes at most this share of the time
 @dataclass
 class Standing:
     """Where a run stands: optimizer steps made, the smoothed loss, seconds of training (pauses between starts left out) and of waiting for
-    data, how often it was started, the perplexity of the recipe's text before the first step, and layers that were put back from FP8."""
+    data, how often it was started, the perplexity of the recipe's text before the first step, layers that were put back from FP8, and how
+    many packs were longer than data.pack_tokens."""
 
     step: int = 0
     smooth_loss: float | None = None
@@ -33,6 +34,7 @@ class Standing:
     starts: int = 1
     text_perplexity: float | None = None
     fp8_put_back: list[str] = field(default_factory=list)
+    long_packs: int = 0
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -114,7 +114,8 @@ class RunLog:
         sys.stdout.flush()
 
     def close(self, summary: dict | None = None) -> None:
-        if self.folder is None:
+        """Write the summary and end everything else; a second call does nothing."""
+        if self.folder is None or self.file.closed:
             return
         self.bar.close()
         self.writer.close()

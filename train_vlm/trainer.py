@@ -4,6 +4,7 @@ DeepSpeed moves the gradients and shards the state. Where a run begins is decide
 starts it, and goes on with it after a kill at any moment - same samples, same order, same losses to the last bit on as many ranks.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import sys
@@ -17,14 +18,17 @@ import yaml
 from train_vlm.accounts import Accounts, peak_of
 from train_vlm.adapters import check_adapters, save_trained
 from train_vlm.autopsy import write_autopsy
-from train_vlm.checkpointing import save_checkpoint
+from train_vlm.checkpointing import save_checkpoint, set_random_states
 from train_vlm.heldout import heldout_loss, heldout_words
 from train_vlm.ledger import COUNTS, count_over_ranks
+from train_vlm.leftovers import remove_leftovers
 from train_vlm.perplexity import measure_perplexity, text_windows
 from train_vlm.preparing import Prepared, prepare
 from train_vlm.progress import Progress, learning_rate_share, share_from_first_rank
+from train_vlm.ranks import on_first_rank, start_deepspeed, sum_over_ranks
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import SavePlan, checkpoint_content, checkpoints_of, mark_finished
+from train_vlm.run_lock import only_one
 from train_vlm.run_log import RunLog
 from train_vlm.training_report import write_training_report
 from train_vlm.training_step import NotFiniteError, train_step
@@ -41,16 +45,31 @@ def full_state_dict(engine, zero_stage: int) -> dict | None:
     return engine.module.state_dict()
 
 
+def _long_packs(micro: list[dict], pack_tokens: int | None, device: torch.device) -> int:
+    """How many packs of a step, on all ranks, are longer than `pack_tokens`."""
+    if pack_tokens is None:
+        return 0
+    long = sum(sum(sample["tokens"] for sample in batch["samples"]) > pack_tokens for batch in micro)
+    return int(sum_over_ranks(torch.tensor([long]), device))
+
+
 def train(recipe: Recipe) -> Path:
     """Run a recipe from its model folder to its output folder, or go on with it from its last checkpoint. Returns the output folder.
 
-    Raises ValueError or FileNotFoundError for inputs that do not fit, NotFiniteError for a loss or a gradient that is not finite.
+    Raises ValueError or FileNotFoundError for inputs that do not fit or an output folder that another process is writing to,
+    NotFiniteError for a loss or a gradient that is not finite.
     """
-    out = Path(recipe.out)
-    run = prepare(recipe)
-    if run is None:
-        return out
-    recipe = run.recipe
+    start_deepspeed(recipe)
+    with contextlib.ExitStack() as held:
+        on_first_rank(lambda: held.enter_context(only_one(recipe.out)) or remove_leftovers(recipe.out))
+        if run := prepare(recipe):
+            _train(run)
+    return Path(recipe.out)
+
+
+def _train(run: Prepared) -> None:
+    """The loop, and what comes after it."""
+    recipe, out = run.recipe, Path(run.recipe.out)
     engine, at, ledger, device = run.engine, run.standing, run.ledger, run.engine.device
     rank, log_folder = torch.distributed.get_rank(), out.with_name(out.name + ".log")
     peak, peak_source = peak_of(device, recipe.run.precision, recipe.run.peak_teraflops, has_fp8=run.fp8 is not None)
@@ -85,6 +104,21 @@ def train(recipe: Recipe) -> Path:
         accounts.pause(time.monotonic() - began)
         return found
 
+    def tell_all() -> None:
+        at.spent_seconds = progress.spent
+        log.close({
+            "steps": at.step, "seconds": round(at.spent_seconds, 1), "loss": at.smooth_loss, "starts": at.starts,
+            "waiting_for_data_percent": round(100 * at.waiting_seconds / max(at.spent_seconds, 1e-9), 1),
+            "median_step_seconds": statistics.median(times) if times else None, "ledger": ledger.to_dict(), "parts": run.parts,
+            "dealt": dataclasses.asdict(run.dealt), "long_packs": at.long_packs,
+            "fp8": run.fp8.rows() if run.fp8 else None,
+            "recipe": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), "command": " ".join(sys.argv),
+            "peak": peak_words, **final,
+        })  # fmt: skip
+
+    # Dropout of the first step here must be that of the same step in a run that was not stopped: nothing may draw from here on.
+    if run.random_states is not None:
+        set_random_states(run.random_states)
     try:
         place = progress.position(at.step)
         while place[0] < place[1]:
@@ -93,6 +127,7 @@ def train(recipe: Recipe) -> Path:
             micro = [next(batches) for _ in range(recipe.data.micro_batches)]
             waited = time.monotonic() - begun
             tokens = count_over_ranks(ledger, micro, device)
+            long_packs = _long_packs(micro, recipe.data.pack_tokens, device)
             ledger.check(recipe.data.max_skipped_percent)
             # 2. Step.
             for group, (_, peak_rate, warmup) in zip(run.optimizer.param_groups, run.calendars, strict=True):
@@ -111,6 +146,12 @@ def train(recipe: Recipe) -> Path:
             for event in run.fp8.end(at.step, device) if run.fp8 else ():
                 log.tell(at.step, event)
                 at.fp8_put_back = list(run.fp8.put_back)
+            if long_packs:
+                at.long_packs += long_packs
+                words = (
+                    f"step {at.step}: {long_packs} pack(s) longer than data.pack_tokens ({recipe.data.pack_tokens}), {at.long_packs} so far"
+                )
+                log.tell(at.step, {"event": "long packs", "packs": long_packs, "text": f"{words}; more data.micro_batches shorten them"})
             at.smooth_loss = done.loss if at.smooth_loss is None else 0.95 * at.smooth_loss + 0.05 * done.loss
             at.waiting_seconds += waited
             # Under ZeRO-3 ranks wait for each other's weights within a forward pass: its time says nothing about one of them.
@@ -145,22 +186,15 @@ def train(recipe: Recipe) -> Path:
         weights = full_state_dict(engine, recipe.run.zero_stage)
         if rank == 0:
             save_trained(engine.module, run.processor, out, weights, merge=recipe.lora is None or recipe.lora.merge)
+            tell_all()
+            page = write_training_report(log_folder)
+            # At last: a start that finds the marker has nothing to do.
             mark_finished(recipe, run.described, at, ledger.to_dict())
         torch.distributed.barrier()
     finally:
-        at.spent_seconds = progress.spent
-        log.close({
-            "steps": at.step, "seconds": round(at.spent_seconds, 1), "loss": at.smooth_loss, "starts": at.starts,
-            "waiting_for_data_percent": round(100 * at.waiting_seconds / max(at.spent_seconds, 1e-9), 1),
-            "median_step_seconds": statistics.median(times) if times else None, "ledger": ledger.to_dict(), "parts": run.parts,
-            "dealt": dataclasses.asdict(run.dealt),
-            "fp8": run.fp8.rows() if run.fp8 else None,
-            "recipe": yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), "command": " ".join(sys.argv),
-            "peak": peak_words, **final,
-        })  # fmt: skip
+        tell_all()
         engine.destroy()
     if rank == 0:
-        page = write_training_report(log_folder)
         waiting = 100 * at.waiting_seconds / max(at.spent_seconds, 1e-9)
         loss = "no loss" if at.smooth_loss is None else f"loss {at.smooth_loss:.3f}"
         looked = f"{heldout_words(final, final['heldout'])}\n" if run.heldout is not None else ""
@@ -169,7 +203,6 @@ def train(recipe: Recipe) -> Path:
             f"model at {out}, report at {page}",
             flush=True,
         )
-    return out
 
 
 def _autopsy(run: Prepared, recipe: Recipe, micro: list[dict], log_folder: Path, error: NotFiniteError) -> str:

@@ -41,7 +41,8 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
     figures = [("steps", last.get("step")), ("loss, smoothed", last.get("smooth_loss")), ("held-out loss", heldout),
                ("minutes", summary["seconds"] / 60 if "seconds" in summary else None),
                ("MFU %", last.get("mfu_percent"), f"of {peak}" if peak else None),
-               ("waiting for data %", summary.get("waiting_for_data_percent")), ("GB of memory", last.get("memory_gb"))]  # fmt: skip
+               ("waiting for data %", summary.get("waiting_for_data_percent")), ("GB of memory", last.get("memory_gb")),
+               ("packs over their limit", summary.get("long_packs") or None)]  # fmt: skip
     page.figures([figure for figure in figures if figure[1] is not None], decimals=2)
     if not steps:
         page.text("No step was logged: the run ended before its first line (run.log_every), so that there are no curves.")

@@ -28,6 +28,14 @@ def test_a_second_start_goes_on_with_the_log(tmp_path):
     assert json.loads((tmp_path / "log" / "summary.json").read_text()) == {"steps": 2}
 
 
+def test_closing_twice_keeps_the_first_summary(tmp_path):
+    """At the end of a run, and again on the way out of it."""
+    log = RunLog(tmp_path / "log", 2, "sft")
+    log.close({"steps": 1})
+    log.close({"steps": 2})
+    assert json.loads((tmp_path / "log" / "summary.json").read_text()) == {"steps": 1}
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = RunLog(None, 10, "sft")

@@ -8,6 +8,7 @@ whose file equals one that came before, in any set, is drawn again with another 
 
 import hashlib
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from train_vlm.ending_together import tied_to_parent
 from train_vlm.scenes.balance import GQA_SHARES, LATE_TRAIN_SHARES, SHARES, TRAIN_SHARES, VIZWIZ_SHARES, Balance, as_vizwiz
 from train_vlm.scenes.drawing import draw, encode
 from train_vlm.scenes.layout import plan_size, size_group
@@ -156,5 +158,6 @@ def _run(chunks: list[Chunk], workers: int) -> Iterator[tuple[list[tuple[Picture
         yield from map(build_chunk, chunks)
         return
     # Spawned, not forked: the parent may hold threads.
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(chunks)), context, tied_to_parent, (os.getpid(),)) as pool:
         yield from pool.map(build_chunk, chunks)

@@ -1,0 +1,104 @@
+"""Runs of one process that are stopped and gone on with, in one interpreter (starting DeepSpeed costs ten seconds): started by
+test_going_on.py, writes what it saw as JSON.
+
+python one_rank_scenarios.py SHARDS MODEL OUT
+"""
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from cut_short import train_until
+
+import train_vlm.preparing as preparing
+import train_vlm.trainer as training_loop
+from train_vlm.recipe import Data, Lora, Parts, Recipe, Run, Source
+from train_vlm.run_lock import lock_file
+from train_vlm.trainer import train
+
+SETTINGS = {"steps": 5, "log_every": 1, "threads_per_rank": 1, "save_every_steps": 2, "save_every_minutes": None}
+
+
+def with_dropout(base: Recipe, out: Path) -> dict:
+    """A run with dropout, and the same one stopped in its fourth step and gone on with; a run whose peak is given instead of measured."""
+    whole, cut, told = (replace(base, out=str(out / name), lora=Lora(rank=4, dropout=0.2)) for name in ("whole", "cut", "told"))
+    train(whole)
+    train_until(cut, 4)
+    train(cut)
+    train(replace(told, run=replace(told.run, peak_teraflops=1.0)))
+    plain = replace(whole, out=str(out / "plain"), lora=Lora(rank=4))
+    train(plain)
+    weights = {Path(recipe.out).name: (Path(recipe.out) / "model.safetensors").read_bytes() for recipe in (whole, cut, told, plain)}
+    return {name: content == weights["whole"] for name, content in weights.items()}
+
+
+def locked(recipe: Recipe) -> dict:
+    """Who has the output folder in a step of a run, and after it; and whether what a dead run left beside it is still there."""
+    real, told = training_loop.train_step, []
+    left = Path(recipe.out).with_name(f".{Path(recipe.out).name}.abcd1234.partial")
+    left.mkdir()
+
+    def step(*arguments, **keywords):
+        told.append(lock_file(recipe.out).read_text() == str(os.getpid()))
+        return real(*arguments, **keywords)
+
+    training_loop.train_step = step
+    try:
+        train(recipe)
+    finally:
+        training_loop.train_step = real
+    return {"within": all(told) and bool(told), "after": lock_file(recipe.out).exists(), "left": left.exists()}
+
+
+def told_before_the_marker(recipe: Recipe) -> list[str]:
+    """The log folder's files at the moment in which the run is marked as finished."""
+    real, found = training_loop.mark_finished, []
+
+    def mark(*arguments):
+        found.extend(sorted(path.name for path in Path(f"{recipe.out}.log").iterdir() if path.is_file()))
+        real(*arguments)
+
+    training_loop.mark_finished = mark
+    try:
+        train(recipe)
+    finally:
+        training_loop.mark_finished = real
+    return found
+
+
+def longer_than_fitted(recipe: Recipe) -> dict:
+    """A run of which no step was fitted, each of whose packs is too long, stopped in its fourth step and gone on with."""
+    real, preparing.FITTED_SAMPLES = preparing.FITTED_SAMPLES, 0
+    try:
+        recipe = replace(recipe, data=replace(recipe.data, max_tokens=60, pack_tokens=60))
+        train_until(recipe, 4)
+        train(recipe)
+    finally:
+        preparing.FITTED_SAMPLES = real
+    folder = Path(f"{recipe.out}.log")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {
+        "told": [line["step"] for line in lines if line.get("event") == "long packs"],
+        "counted": json.loads((folder / "summary.json").read_text())["long_packs"],
+        "report": (folder / "report.md").read_text(),
+    }
+
+
+def main(shards: str, model: str, out: str) -> None:
+    warnings.filterwarnings("ignore")
+    base = Recipe(
+        stage="sft", model=model, out="", parts=Parts(vision_encoder=5e-4, projector=1e-3, language_model=1e-3), run=Run(**SETTINGS),
+        data=Data(sources=(Source(shards),), batch_samples=4, workers=0, max_skipped_percent=50),
+    )  # fmt: skip
+    results = {"dropout": with_dropout(base, Path(out, "dropout"))}
+    results["lock"] = locked(replace(base, out=f"{out}/locked"))
+    results["told"] = told_before_the_marker(replace(base, out=f"{out}/told"))
+    results["long"] = longer_than_fitted(replace(base, out=f"{out}/long"))
+    Path(out, "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

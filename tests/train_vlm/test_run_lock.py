@@ -1,0 +1,69 @@
+"""The lock on a run's folder: held by one process, gone with it, and told with its owner."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from train_vlm.run_lock import lock_file, only_one
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLDER = """
+import os, sys, time
+from train_vlm.run_lock import only_one
+with only_one(sys.argv[1]):
+    child = os.fork()  # as a process that reads data: it must not hold the lock on
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has tmp_path/out, and the id of its child, which outlives it."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    yield process, child
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_second_run_is_refused_with_the_id_of_the_first(holder, tmp_path):
+    """It would remove the checkpoint that the first one is writing, and both would replace the model."""
+    with pytest.raises(ValueError, match=rf"still going on \(process {holder[0].pid}\).*kill {holder[0].pid}"):
+        only_one(tmp_path / "out", wait_seconds=0.2).__enter__()
+
+
+def test_a_kill_frees_the_folder_at_once(holder, tmp_path):
+    """A flock would be held on by forked reading processes for seconds, a file with an id in it for ever."""
+    holder[0].kill()
+    holder[0].wait()
+    assert lock_file(tmp_path / "out").is_file()
+    began = time.monotonic()
+    with only_one(tmp_path / "out", wait_seconds=5):
+        assert lock_file(tmp_path / "out").read_text() == str(os.getpid())
+    assert time.monotonic() - began < 1 and not list(tmp_path.iterdir())
+
+
+def test_a_dying_run_is_waited_for(holder, tmp_path):
+    threading.Timer(0.5, holder[0].kill).start()
+    with only_one(tmp_path / "out", wait_seconds=20):
+        assert holder[0].wait(5) == -signal.SIGKILL
+
+
+def test_a_file_system_without_locks_is_told_and_no_obstacle(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("train_vlm.run_lock.fcntl.lockf", refuse)
+    with only_one(tmp_path / "out"):
+        pass
+    assert "no lock on" in capsys.readouterr().out

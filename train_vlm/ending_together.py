@@ -1,0 +1,83 @@
+"""Processes that end with the one that started them, also when that one is killed: what nobody waits for must not go on writing.
+
+    python train_vlm/ending_together.py PARENT COMMAND ...      COMMAND, killed by the kernel when its parent, process PARENT, ends
+
+A program started by us is tied to its parent by the kernel (Linux; elsewhere nothing happens). A rank has DeepSpeed's or torch's launcher
+above it, two processes deep, and those tie nothing: it keeps an eye on them itself, and on the quickstart that started them. A user's shell
+is no launcher: a run goes on when its terminal is closed.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+__all__ = ["STARTED_BY", "end_with_launchers", "tied", "tied_to_parent"]
+
+STARTED_BY = "TRAIN_VLM_STARTED_BY"  # process id of the quickstart, for ranks below launchers
+PR_SET_PDEATHSIG = 1
+LOOK_SECONDS = 0.5
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch")
+
+
+def tied_to_parent(parent: int) -> None:
+    """From now on the kernel kills this process when `parent`, which started it, ends. Exits when it has ended already."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # kept by exec, not by children
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def tied(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command, to be started by this process, that ends with it."""
+    if not sys.platform.startswith("linux"):
+        return command
+    return (sys.executable, "-S", os.path.abspath(__file__), str(os.getpid()), *command)
+
+
+def _launchers() -> list:
+    """What started this rank, as psutil's processes. Exits when the quickstart is gone already."""
+    import psutil
+
+    found = []
+    if parent := os.environ.get(STARTED_BY):
+        try:
+            found.append(psutil.Process(int(parent)))
+        except psutil.NoSuchProcess:
+            sys.exit(1)
+    with contextlib.suppress(psutil.Error):  # gone while it was asked
+        for above in psutil.Process().parents():
+            if not any(os.path.basename(word) in LAUNCHERS for word in above.cmdline()[:8]):
+                break
+            found.append(above)
+    return found
+
+
+def _is_there(process) -> bool:
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _look_after(launchers: list) -> None:
+    while all(map(_is_there, launchers)):
+        time.sleep(LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_launchers() -> None:
+    """Called by a rank before anything slow is imported: a thread ends this process soon after one of its launchers has ended."""
+    if launchers := _launchers():
+        threading.Thread(target=_look_after, args=(launchers,), daemon=True).start()
+
+
+if __name__ == "__main__":
+    tied_to_parent(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])
