@@ -27,7 +27,7 @@ import train_vlm  # noqa: E402
 from train_vlm.batching import pack  # noqa: E402
 from train_vlm.engine_start import start_engine  # noqa: E402
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups  # noqa: E402
-from train_vlm.kept_precision import KEPT  # noqa: E402
+from train_vlm.kept_precision import kept_parameters  # noqa: E402
 from train_vlm.reading import SampleStream  # noqa: E402
 from train_vlm.recipe import Data, Parts, Recipe, Run, Source, load_recipe  # noqa: E402
 from train_vlm.training_step import forward_inputs, train_step  # noqa: E402
@@ -98,8 +98,9 @@ class Work:
     def __init__(self, folder: Path, steps: int, *, dtype: torch.dtype = torch.float32):
         self.model, self.processor = build_hybrid() if folder.name == "hybrid" else load_model(folder, dtype=dtype)
         if dtype == torch.bfloat16:
+            kept = kept_parameters(self.model)
             for name, parameter in self.model.named_parameters():
-                parameter.data = parameter.data if name.rpartition(".")[2] in KEPT else parameter.data.to(dtype)
+                parameter.data = parameter.data if name in kept else parameter.data.to(dtype)
         self.parameters, each = self.model.parameter_counts(), SAMPLES[folder.name]
         samples = read_samples(folder, self.processor, each * steps)
         self.steps = [samples[start : start + each] for start in range(0, len(samples), each)]

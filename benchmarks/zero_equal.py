@@ -35,7 +35,7 @@ from PIL import Image  # noqa: E402
 from train_vlm.batching import MicroBatchPositions, pack  # noqa: E402
 from train_vlm.engine_start import start_engine  # noqa: E402
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups  # noqa: E402
-from train_vlm.kept_precision import KEPT  # noqa: E402
+from train_vlm.kept_precision import KEPT, kept_parameters  # noqa: E402
 from train_vlm.ranks import start_deepspeed, sum_over_ranks  # noqa: E402
 from train_vlm.recipe import Data, Parts, Recipe, Run, Source  # noqa: E402
 from train_vlm.training_step import train_step  # noqa: E402
@@ -112,8 +112,9 @@ class Trial:
         recipe = replace(self.recipe, data=replace(self.recipe.data, micro_batches=micro_batches), run=replace(self.recipe.run, **run))
         model, optimizer = self.fresh()
         if recipe.run.precision == "bfloat16":  # as train_vlm/preparing.py
+            kept = kept_parameters(model)
             for name, p in model.named_parameters():
-                p.data = p.data if name.rpartition(".")[2] in KEPT else p.data.bfloat16()
+                p.data = p.data if name in kept else p.data.bfloat16()
             optimizer = make_optimizer(parameter_groups(model, PARTS, recipe.optimizer), recipe.optimizer)
         engine, _ = start_engine(model, optimizer, recipe, recipe.deepspeed_config(self.ranks), self.ranks)
         return engine, recipe

@@ -1,7 +1,8 @@
 """Start DeepSpeed's engine around a model: what has to be said to it beyond its dictionary of settings.
 
-It is told to leave A_log, D and dt_bias in float32 (kept_precision.py; under ZeRO-3 float32_rests.py), to print nothing, and, on a single
-rank without ZeRO, to keep its hands off the gradients: it would copy all of them into one buffer to send them to nobody.
+It is told to leave A_log, D, dt_bias and the decoder's norms in float32 (kept_precision.py; under ZeRO-3 float32_rests.py), to print
+nothing, and, on a single rank without ZeRO, to keep its hands off the gradients: it would copy all of them into one buffer to send them to
+nobody.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ __all__ = ["keeps_float32", "start_engine"]
 
 
 def keeps_float32(recipe: Recipe) -> bool:
-    """Whether A_log, D and dt_bias are float32 parameters. ZeRO-3 lays everything that trains into one buffer of one dtype."""
+    """Whether A_log, D, dt_bias and norms are float32 parameters. ZeRO-3 lays everything that trains into one buffer of one dtype."""
     return recipe.run.precision == "bfloat16" and recipe.run.zero_stage < 3
 
 

@@ -1,37 +1,63 @@
-"""A_log, D and dt_bias in float32 under ZeRO-3, which lays everything that trains into one buffer of one dtype.
+"""A_log, D, dt_bias and norms in float32 under ZeRO-3, which lays everything that trains into one buffer of one dtype.
 
 There each of them is a bfloat16 parameter and a float32 copy in the optimizer; the forward pass would see the first. What bfloat16 leaves
-of the copy, the rest, is a handful of numbers a layer: every rank keeps it whole beside the parameter, the mixer adds it back
-(vlm/decoder/mixer.py), and it is read anew after each update. The copies themselves begin from the values before the cast.
+of the copy, the rest, is a few numbers a layer: every rank keeps it whole beside the parameter, the mixer (vlm/decoder/mixer.py) or the
+norm adds it back, and it is read anew after each update. The copies themselves begin from the values before the cast.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
 
 from train_vlm.kept_precision import KEPT
 
-__all__ = ["Float32Rests"]
+__all__ = ["Float32Rests", "NormWithRest"]
+
+# By their names below a module that has `rests`: a mixer, whose gated norm is computed by the mixer itself, or a norm.
+RESTS = (*KEPT, "norm.weight", "weight")
+
+
+class NormWithRest(NemotronHRMSNorm):
+    """Made from the decoder's own norm by giving it this class; parameters stay the same objects. rests: {"weight": (D,) float32}."""
+
+    rests: Mapping[str, Tensor] = MappingProxyType({})
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> the same, in its dtype."""
+        rest = self.rests.get("weight")
+        if rest is None:
+            return super().forward(hidden_states)
+        wide, weight = hidden_states.float(), (self.weight.to(rest.dtype) + rest).float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (weight * normed).to(hidden_states.dtype)
 
 
 class Float32Rests:
     """Made of a model before its engine starts, `attach`ed to the engine afterwards. All ranks do everything together."""
 
     def __init__(self, model: nn.Module):
+        for module in model.modules():
+            if type(module) is NemotronHRMSNorm:
+                module.__class__ = NormWithRest
         self.entries = [
-            (f"{name}.{short}", mixer, short, parameter.detach().float().clone())
-            for name, mixer in model.named_modules()
-            for short, parameter in mixer.named_parameters(recurse=False)
-            if short in KEPT and hasattr(mixer, "rests")
+            (f"{name}.{short}", owner, short, parameter.detach().float().clone())
+            for name, owner in model.named_modules()
+            if hasattr(owner, "rests")
+            for short, parameter in owner.named_parameters()
+            if short in RESTS
         ]
         self.engine, self.seen_steps = None, None
 
     def attach(self, engine) -> None:
-        """Give the optimizer's copies the values from before the cast, and the mixers their rests; from now on before each forward pass."""
+        """Give the optimizer's copies the values from before the cast, and their owners the rests; from now on before each pass."""
         from deepspeed.utils import safe_set_local_fp32_param
 
         self.engine = engine
-        for _, mixer, short, value in self.entries:
-            parameter = getattr(mixer, short)
+        for _, owner, short, value in self.entries:
+            parameter = owner.get_parameter(short)
             if parameter.requires_grad:
                 size = parameter.ds_tensor.numel()  # the last rank's piece is padded
                 start = size * torch.distributed.get_rank()
@@ -47,8 +73,8 @@ class Float32Rests:
         from deepspeed.utils import safe_get_full_fp32_param
 
         found = {}
-        for name, mixer, short, value in self.entries:
-            parameter = getattr(mixer, short)
+        for name, owner, short, value in self.entries:
+            parameter = owner.get_parameter(short)
             copy = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             found[name] = value if copy is None else copy.detach().float().reshape(value.shape).to(value.device)
         return found
@@ -56,10 +82,10 @@ class Float32Rests:
     def refresh(self) -> None:
         """Read the optimizer's copies and set what bfloat16 leaves of them."""
         self.seen_steps, values = self.engine.global_steps, self.whole()
-        for name, mixer, short, _ in self.entries:
-            parameter = getattr(mixer, short)
+        for name, owner, short, _ in self.entries:
+            parameter = owner.get_parameter(short)
             value = values[name].to(self.engine.device)
-            mixer.rests = {**mixer.rests, short: value - value.to(parameter.dtype).float()}
+            owner.rests = {**owner.rests, short: value - value.to(parameter.dtype).float()}
 
     def _refresh_when_due(self) -> None:
         if self.engine.global_steps != self.seen_steps:  # after an update, and after a checkpoint was loaded

@@ -1,4 +1,4 @@
-"""A parameter rounded to bfloat16 and its rest are together the float32 value, in the mixer's output as well."""
+"""A parameter rounded to bfloat16 and its rest are together the float32 value, in the outputs of mixers and norms as well."""
 
 import copy
 from types import SimpleNamespace
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from train_vlm.float32_rests import Float32Rests
+from train_vlm.float32_rests import Float32Rests, NormWithRest
+from train_vlm.kept_precision import widen_kept
 from vlm.decoder.layers import run_layers
 from vlm.decoder.layout import Layout
 
@@ -38,6 +39,48 @@ def test_rounded_parameters_and_their_rests_compute_as_the_exact_ones(exact_mode
     assert (without - expected).abs().max() > 1e-4 * scale
     assert (found - expected).abs().max() < 1e-12 * scale
     assert all("rests" not in vars(block.mixer) for block in decoder.model.layers)  # the class's empty one is nobody's to fill
+
+
+def test_rounded_norms_and_their_rests_compute_as_the_exact_ones(exact_model):
+    """The norms before mixers, those within them, and the one behind the last block; all of them are found."""
+    decoder = copy.deepcopy(exact_model.language_model)
+    weights = {name: p for name, p in decoder.named_parameters() if name.endswith(("norm.weight", "norm_f.weight"))}
+    for parameter in weights.values():
+        parameter.data.add_(torch.linspace(0.001, 0.01, parameter.numel(), dtype=parameter.dtype))
+    rounded = copy.deepcopy(decoder)
+    rests = Float32Rests(rounded)
+    assert {name for name, *_ in rests.entries if name.endswith("weight")} == set(weights)
+    for name in weights:
+        rounded.get_parameter(name).data = rounded.get_parameter(name).data.bfloat16().double()
+    text = torch.randn(1, 40, decoder.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    layout = Layout.packed([25, 15], text.device)
+    with torch.no_grad():
+        expected, without = run_layers(decoder, text, layout), run_layers(rounded, text, layout)
+        for name, owner, short, _ in rests.entries:
+            if name in weights:
+                owner.rests = {**owner.rests, short: weights[name] - owner.get_parameter(short)}
+        found = run_layers(rounded, text, layout)
+    scale = expected.abs().max()
+    assert (without - expected).abs().max() > 1e-4 * scale
+    assert (found - expected).abs().max() < 1e-12 * scale
+    assert not any(isinstance(module, NormWithRest) for module in decoder.modules())
+
+
+def test_norms_in_float32_give_back_the_dtype_of_what_they_are_given(exact_model):
+    """bfloat16 hidden states through layers whose A_log, D, dt_bias and norms are float32: matrices and outputs stay bfloat16, and what is
+    kept is neither more nor less than these."""
+    decoder = copy.deepcopy(exact_model.language_model).to(torch.bfloat16)
+    plain = copy.deepcopy(decoder)
+    widen_kept(decoder)
+    wide = {name for name, p in decoder.named_parameters() if p.dtype == torch.float32}
+    assert wide == {name for name, _ in decoder.named_parameters() if name.endswith((*KEPT, "norm.weight", "norm_f.weight"))}
+    text = torch.randn(1, 40, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    layout = Layout.packed([25, 15], text.device)
+    found = run_layers(decoder, text, layout)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, run_layers(plain, text, layout), atol=0.05, rtol=0.05)
+    found.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for name, p in decoder.named_parameters() if name in wide)
 
 
 class Mixer(nn.Module):

@@ -274,14 +274,15 @@ def test_a_run_without_time_for_a_step_ends_with_a_report_that_says_so(seen):
     assert "No step was logged" in found["none_report"] and "No step was logged" not in found["rare_report"]
 
 
-def test_the_decay_of_the_state_stays_in_float32_while_all_else_trains_in_bfloat16(seen, inputs):
+def test_the_decay_of_the_state_and_norms_stay_in_float32_while_all_else_trains_in_bfloat16(seen, inputs):
     """DeepSpeed casts whatever it is given: a D of 1.003 would be 1.0 again after every step. Here they move by less than one bfloat16, and
     alike with float32 parameters (ZeRO-1) and with float32 rests beside bfloat16 ones (ZeRO-3)."""
     results, _ = seen
     folders = [results["resumed_bfloat16_zero1"]["out"], results["resumed_bfloat16_zero3"]["out"], inputs / "model"]
     first, third, before = (dict(load_model(folder)[0].named_parameters()) for folder in folders)
-    for name in ("A_log", "D", "dt_bias"):
-        full = f"language_model.model.layers.0.mixer.{name}"
+    mixer = "language_model.model.layers.0.mixer."
+    norms = ("language_model.model.layers.0.norm.weight", f"{mixer}norm.weight", "language_model.model.norm_f.weight")
+    for full in (*(f"{mixer}{name}" for name in ("A_log", "D", "dt_bias")), *norms):
         for after in (first, third):
             assert after[full].dtype == torch.float32
             moved = (after[full] - before[full]).abs().max().item()

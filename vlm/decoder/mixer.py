@@ -26,7 +26,7 @@ __all__ = ["Mamba2Mixer"]
 class Mamba2Mixer(NemotronHMamba2Mixer):
     """Mamba-2 (arXiv 2405.21060) as Nemotron-H uses it. Made from a stock mixer by `Mamba2Mixer.take_over(mixer)`.
 
-    rests: {A_log, D or dt_bias: (H,) float32} to be added to a parameter that a trainer had to round.
+    rests: {A_log, D or dt_bias: (H,), norm.weight: (H P,), float32} to be added to a parameter that a trainer had to round.
     """
 
     rests: Mapping[str, Tensor] = MappingProxyType({})
@@ -104,7 +104,9 @@ class Mamba2Mixer(NemotronHMamba2Mixer):
         if state is not None:
             state.convolution[self.layer_idx], state.ssm[self.layer_idx] = window, after
         y, gate = (tensor.reshape(-1, self.intermediate_size) for tensor in (y, gate))
-        y = GatedNorm.apply(y, gate, self.norm.weight, self.n_groups, self.norm.variance_epsilon)
+        scale, rest = self.norm.weight, self.rests.get("norm.weight")
+        scale = scale if rest is None else scale.to(rest.dtype) + rest
+        y = GatedNorm.apply(y, gate, scale, self.n_groups, self.norm.variance_epsilon)
         return self.out_proj(y.view(batch, length, -1).to(hidden_states.dtype))
 
     def _widened(self, name: str, dtype: torch.dtype) -> Tensor:
