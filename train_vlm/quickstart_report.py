@@ -123,7 +123,10 @@ def write_report(out: Path, receipts: dict[str, dict], *, minutes: float) -> Pat
     page.heading("Training").text(
         "Loss per supervised token: dense captions (everything trains), alignment (the projector), fine-tuning on questions."
     )
-    page.curves(_curves(out), "step", "loss", smooth=9, log_y=True)
+    if any((curves := _curves(out)).values()):
+        page.curves({stage: points for stage, points in curves.items() if points}, "step", "loss", smooth=9, log_y=True)
+    else:
+        page.text("No stage was long enough for a line in its log.")
     page.heading("Time and memory")
     page.table(
         ["step", "seconds", "peak GB"], [[name, receipt["seconds"], receipt["peak_bytes"] / 2**30] for name, receipt in receipts.items()]

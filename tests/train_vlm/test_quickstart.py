@@ -137,3 +137,12 @@ def test_the_page_shows_scores_pictures_and_times_and_escapes_answers(finished):
     assert "Question 1?" in text and "truth: 3 (count)" in text and "12.5" in text
     assert "<b>9</b>" not in text and "&lt;b&gt;9&lt;/b&gt;" in text
     assert (finished / "report.md").is_file()
+
+
+@pytest.mark.parametrize("short", [("model-align",), ("model-captions", "model-align", "model-early", "model")])
+def test_stages_too_short_for_a_line_in_their_log_do_not_fail_the_page(finished, short):
+    """A quickstart of a minute on a busy machine trained, answered everything, and then failed at its last step, for want of a curve."""
+    for stage in short:
+        (finished / f"{stage}.log" / "log.jsonl").write_text("")
+    text = write_report(finished, {"scenes": {"seconds": 12.5, "peak_bytes": 2**30}}, minutes=1).read_text()
+    assert ("No stage was long enough" in text) == (len(short) == 4)
