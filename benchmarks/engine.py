@@ -28,7 +28,7 @@ from engine_work import MODELS, WAYS, build  # noqa: E402
 
 from vlm.files import write_whole  # noqa: E402
 
-CASES = {"tiny": ((2, 30), (12, 5), (60, 1)), "hybrid": ((1, 30), (4, 5), (8, 1))}  # pictures, questions about each
+CASES = {"tiny": ((2, 30), (12, 5), (60, 1)), "hybrid": ((2, 30), (4, 5), (8, 1))}  # pictures, questions about each
 BARS = {
     ("tiny", 30): (20, 5),
     ("tiny", 5): (5, 2),
