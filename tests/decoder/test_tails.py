@@ -31,9 +31,9 @@ def test_a_tail_gives_what_the_recurrence_gives(seed):
     total = longest + later
     x, steps, B, C = normal(rows, total, heads, width), normal(rows, total, heads).abs(), *(normal(rows, total, groups, size) for _ in "BC")
     A, D, common = -normal(heads).abs(), normal(heads), normal(heads, width, size)
-    tail = Tail(
-        *(torch.full(shape, 1e3, dtype=torch.float64) for shape in ((rows, 12, heads, width), (rows, groups, 12, size), (rows, 12, heads)))
-    )  # what an earlier row left, never seen
+    # What an earlier row left, never seen: large, and decayed further than anything here, so that its weight would be large too.
+    shapes = (rows, 12, heads, width), (rows, groups, 12, size), (rows, 12, heads)
+    tail = Tail(*(torch.full(shape, value, dtype=torch.float64) for shape, value in zip(shapes, (1e3, 1e3, -50.0), strict=True)))
     padded = steps[:, :longest].clone()
     for row, length in enumerate(lengths):
         padded[row, length:] = 0.0
