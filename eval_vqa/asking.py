@@ -68,10 +68,10 @@ class Asker:
 
     def _tiles(self, image) -> int | None:
         """How many tiles the processor cuts this image into, when nothing forces it to fewer."""
-        from PIL import ImageOps
+        from vlm.tiling import upright
 
         processor = getattr(self.engine, "processor", None)
-        return None if processor is None else processor.image_processor.count_tiles(*ImageOps.exif_transpose(image).size)
+        return None if processor is None else processor.image_processor.count_tiles(*upright(image).size)
 
     def _write_unreadable(self, question: Question, problem: str) -> None:
         if self.settings.on_missing == "fail":

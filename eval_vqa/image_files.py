@@ -29,7 +29,9 @@ def load_image(path: Path):
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever strange bytes lead them to: SyntaxError, RuntimeError, struct.error ...
         reason = "it is no image that Pillow knows" if type(error).__name__ == "UnidentifiedImageError" else error
         raise ValueError(f"image {path} cannot be read: {reason}") from None
     return image, sha256(content).hexdigest()
@@ -37,6 +39,8 @@ def load_image(path: Path):
 
 def grey_like(image):
     """A grey picture of the same upright size: what a question alone gives away."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    return Image.new("RGB", ImageOps.exif_transpose(image).size, GREY)
+    from vlm.tiling import upright
+
+    return Image.new("RGB", upright(image).size, GREY)

@@ -8,17 +8,23 @@ the encoder.
 Letters: N tiles.
 """
 
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-__all__ = ["Grid", "candidate_grids", "choose_grid", "open_image", "tile_image", "to_rgb"]
+__all__ = ["Grid", "candidate_grids", "choose_grid", "open_image", "tile_image", "to_rgb", "upright"]
 
 # A picture that decodes to more than this is refused: it is a decompression bomb or a mistake, and would stall a worker.
 MAX_IMAGE_PIXELS = 178_956_970
 TRANSPARENT_ON = (255, 255, 255)
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class Grid(NamedTuple):
@@ -76,9 +82,29 @@ def choose_grid(width: int, height: int, *, tile_size: int = 448, max_tiles: int
     raise ValueError(f"unknown tiling policy {policy!r}; valid ones are 'closest' and 'area_weighted'")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A copy turned as its EXIF orientation says, and without it. Where that cannot be read the picture is whole and stays as it lies.
+
+    Pillow's exif_transpose writes the other tags anew, and fails on the odd ones that cameras leave.
+    """
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # SyntaxError, struct.error, TypeError, ...: damaged notes about a picture, not a damaged picture
+        turn = None
+    if turn is None:
+        return image.copy()
+    image = image.transpose(turn)
+    for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # or it would be turned once more
+        image.info.pop(name, None)
+    return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to upright RGB: EXIF rotation applied, transparency laid on white, 16 bit scaled, first frame of an animation."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
+    if image.mode == "La":  # Pillow knows one way out of it
+        image = image.convert("LA")
     if image.mode == "RGB":
         return image
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
@@ -101,19 +127,35 @@ def open_image(source) -> Image.Image:
     Raises FileNotFoundError when the path does not exist and ValueError when the picture cannot be decoded.
     """
     if isinstance(source, Image.Image):
-        return to_rgb(source)
+        with _decoding("the Pillow image"):  # one that was opened, but not read, may still turn out to be broken
+            return to_rgb(source)
     if not (isinstance(source, str | Path) or hasattr(source, "read")):
         raise ValueError(f"found an image of type {type(source).__name__}; expected a path, a binary file or a Pillow image")
     name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "an image in memory")
+    if name.startswith("data:"):  # not into the error: a picture's worth of letters
+        raise ValueError(f"found a data URL ({name[:32]} ...) for an image; expected a path, a binary file or a Pillow image: decode it first")
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise FileNotFoundError(f"no image at {name}; check the path and the image folder")
+    with _decoding(name, source), Image.open(source) as image:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise _TooLarge(f"{name} has {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are read; scale it down")
+        image.load()
+        return to_rgb(image)
+
+
+class _TooLarge(ValueError):
+    """Said by us, not by a decoder."""
+
+
+@contextmanager
+def _decoding(name: str, source=None):
+    """Whatever a decoder of strange bytes raises becomes a ValueError that names the picture. Pillow's raise SyntaxError (PNG, AVIF),
+    RuntimeError (AVIF), struct.error, KeyError and more; only a lack of memory is not the picture's fault."""
     try:
-        with Image.open(source) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{name} has {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are read; scale it down")
-            image.load()
-            return to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        yield
+    except (_TooLarge, MemoryError):
+        raise
+    except Exception as error:
         why = str(error).replace(repr(source), "its bytes")  # without an address in memory: the same fault, the same words
         raise ValueError(f"{name} is not a readable image ({why}); expected a complete PNG, JPEG, WebP, ... file") from error
 

@@ -222,6 +222,19 @@ def test_a_text_file_is_no_image(tmp_path):
         load_image(tmp_path / "x.jpg")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no planes"), KeyError("tag")])
+def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path, monkeypatch, error):
+    """Pillow's AVIF decoder raises RuntimeError: one damaged file ended the run instead of being listed."""
+    questions = make_questions(tmp_path, 3)
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", broken)
+    _, outcome = run(questions, tmp_path / "out", on_missing="skip")
+    assert len(outcome.problems) == 3 and "0.png cannot be read" in outcome.problems[0]["problem"]
+
+
 class Tiler:
     """The two things predicting reads of a processor."""
 

@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -123,6 +124,7 @@ def test_the_thumbnail_can_be_left_out():
         (Image.new("RGBA", (4, 3), (255, 0, 0, 0)), (255, 255, 255)),
         (Image.new("RGBA", (4, 3), (255, 0, 0, 255)), (255, 0, 0)),
         (Image.new("LA", (4, 3), (0, 0)), (255, 255, 255)),
+        (Image.new("La", (4, 3), (77, 255)), (77, 77, 77)),
         (Image.new("CMYK", (4, 3), (0, 255, 255, 0)), (255, 0, 0)),
         (Image.new("I;16", (4, 3), 65535), (255, 255, 255)),
         (Image.new("I;16", (4, 3), 32896), (128, 128, 128)),
@@ -168,6 +170,35 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
     result = open_image(path)
     assert result.size == (32, 16)
     assert result.getpixel((2, 2)) == (255, 0, 0) and result.getpixel((29, 13)) == (255, 255, 255)
+
+
+def _webp_with(exif: bytes) -> io.BytesIO:
+    content = io.BytesIO()
+    Image.new("RGB", (32, 16), (9, 9, 9)).save(content, "WEBP", exif=exif)
+    return content
+
+
+def test_damaged_exif_does_not_cost_the_picture():
+    """SyntaxError, which nobody caught: one phone's picture ended a whole evaluation. Any viewer shows it."""
+    assert open_image(_webp_with(b"Exif\0\0MM\0\xff\0\0\0\x08")).size == (32, 16)
+
+
+def test_an_odd_tag_beside_the_orientation_does_not_hinder_turning():
+    """exif_transpose writes the tags that stay anew: a number's tag (here the image's width) that holds text made it raise struct.error."""
+    entries = [(0x0100, 2, b"a\0\0\0"), (0x0112, 3, b"\0\x06\0\0")]  # tag, type (2 text, 3 short), value
+    block = b"".join(struct.pack(">HHI", tag, kind, 1) + value for tag, kind, value in entries)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + block + bytes(4)
+    assert open_image(_webp_with(exif)).size == (16, 32)
+
+
+def test_a_turned_picture_is_not_turned_again(tmp_path):
+    """The way from a file to its tiles comes through to_rgb three times."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        content = io.BytesIO()
+        Image.new("RGB", (32, 16)).save(content, kind, exif=exif)
+        assert to_rgb(to_rgb(open_image(content))).size == (16, 32), kind
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
@@ -217,6 +248,30 @@ def test_damaged_bytes_raise_nothing_but_value_errors():
             except ValueError:
                 refused += 1
     assert refused > 60
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken"), RuntimeError("no planes"), struct.error("short"), KeyError("tag"), EOFError()])
+def test_whatever_a_decoder_raises_names_the_picture(monkeypatch, error):
+    """Pillow's PNG and AVIF decoders raise SyntaxError and RuntimeError. A Pillow image that was opened and not read raises them in the
+    engine, where they ended everybody's requests."""
+    content = io.BytesIO()
+    noise(8, 8).save(content, "PNG")
+    lazy = Image.open(content)
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(type(lazy), "load", broken)
+    for source in (lazy, content):
+        with pytest.raises(ValueError, match="is not a readable image"):
+            open_image(source)
+
+
+def test_a_data_url_is_not_repeated_in_the_error():
+    """It said "File name too long" and then all of the picture in base64."""
+    with pytest.raises(ValueError, match="found a data URL") as caught:
+        open_image("data:image/png;base64," + "A" * 100_000)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_missing_file_is_named():
