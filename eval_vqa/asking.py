@@ -1,7 +1,8 @@
 """One batch of questions through the engine, each answer a row of predictions.jsonl.
 
 VizWiz's second task wants the confidence that a question can be answered. It comes from the same pass: the engine is asked for the
-log-probability that the answer is "unanswerable", in both spellings that models of this family have learnt.
+log-probability that the answer is "unanswerable", in both spellings that models of this family have learnt. Where the model is to think
+first there is no such probability, and no file for that task.
 """
 
 import math
@@ -19,15 +20,21 @@ UNANSWERABLE = ("unanswerable", "Unanswerable")
 
 
 class Asker:
-    """Asks an engine and writes rows. settings: a PredictSettings; write: takes a row; make_request: see `eval_vqa.predicting.predict`."""
+    """Asks an engine and writes rows. settings: a PredictSettings; write: takes a row; make_request: see `eval_vqa.predicting.predict`.
+    Raises ValueError when a checkpoint without that switch is to think."""
 
     def __init__(self, task: str, engine, settings, write: Callable[[dict], None], make_request: Callable | None = None):
         if make_request is None:
             from vlm.engine import Request as make_request
         self.task, self.engine, self.settings, self.write, self.make_request = task, engine, settings, write, make_request
         self.options = {"max_new_tokens": settings.max_new_tokens}
-        if task == "vizwiz" and "score_texts" in getattr(make_request, "__dataclass_fields__", {}):
+        known = getattr(make_request, "__dataclass_fields__", {})
+        if "thinking" in known:  # said always: the habit of a reasoning checkpoint is to think, and no thought ends within a short answer
+            self.options["thinking"] = settings.thinking
+        if task == "vizwiz" and "score_texts" in known and not settings.thinking:  # thoughts begin otherwise than answers
             self.options["score_texts"] = UNANSWERABLE
+        if settings.thinking and (processor := getattr(engine, "processor", None)) is not None:
+            processor.renderer.chat_format.answer_opening(True)  # one error now, or the same one for every question
 
     def ask(self, batch: list[Question]) -> None:
         """Writes one row for each question. Raises ValueError for an unreadable image when that is to stop the run."""

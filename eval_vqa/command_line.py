@@ -21,6 +21,8 @@ from eval_vqa.tasks import TASKS, read_questions
 
 __all__ = ["build_parser", "main"]
 
+NEW_TOKENS, THINKING_NEW_TOKENS = 16, 2048
+
 
 def main(task: str, argv: list[str] | None = None, *, load_engine=None) -> int:
     """Runs one command of `task` (a name in `eval_vqa.tasks.TASKS`) and returns its exit code. load_engine: (args) -> engine, for tests."""
@@ -68,7 +70,9 @@ def build_parser(task: str) -> argparse.ArgumentParser:
     asking.add_argument("--grey", action="store_true", help="replace every image by a grey one: the blind baseline")
     asking.add_argument("--limit", type=int, help="only the first so many questions")
     asking.add_argument("--batch", type=int, default=64, help="questions handed to the engine at a time (default %(default)s)")
-    asking.add_argument("--max-new-tokens", type=int, default=16, help="longest answer (default %(default)s)")
+    asking.add_argument("--thinking", action="store_true", help="let a reasoning checkpoint think before it answers (default: it does not)")
+    asking.add_argument("--max-new-tokens", type=int,
+                        help=f"longest answer with its thoughts (default {NEW_TOKENS}, with --thinking {THINKING_NEW_TOKENS})")  # fmt: skip
     missing = argparse.ArgumentParser(add_help=False)
     missing.add_argument("--on-missing", choices=("fail", "skip", "blank"), default="fail",
                          help="unreadable image or unanswered question: stop, leave it out, or count it as answered with nothing; "
@@ -129,7 +133,9 @@ def _predict(task: str, args, load_engine) -> int:
     from eval_vqa.model_identity import model_fingerprint, preprocessing
     from eval_vqa.predicting import PredictSettings, predict
 
-    settings = PredictSettings(args.batch, args.max_new_tokens, args.grey, args.on_missing)
+    usual = THINKING_NEW_TOKENS if args.thinking else NEW_TOKENS
+    most = usual if args.max_new_tokens is None else args.max_new_tokens
+    settings = PredictSettings(args.batch, most, args.grey, args.thinking, args.on_missing)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, found {args.limit}")
     rank = this_rank()

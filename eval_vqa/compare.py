@@ -31,6 +31,7 @@ SETTINGS = {
     "stop rule": ("run", ("stop_rule",)),
     "stop reasons": ("run", ("counts", "stop_reasons")),
     "decoding": ("run", ("decoding",)),
+    "thinking": ("run", ("thinking",)),
     "normaliser": ("record", ("normaliser",)),
     "model": ("run", ("model_fingerprint",)),
     "dtype": ("run", ("dtype",)),

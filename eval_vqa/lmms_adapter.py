@@ -65,18 +65,21 @@ def _model_class() -> type:
 
     class NemotronHVision(_lmms_eval("lmms_eval.api.model").lmms):
         """pretrained: checkpoint folder. max_batch, max_tokens, on_drift: see `vlm.engine.Engine`; dtype: float32, bfloat16 or float16.
+        thinking: let a reasoning checkpoint think first (False: the tasks allow an answer of a few tokens, which no thought ends within).
 
         batch_size is lmms-eval's and is not used: the engine makes its own batches.
         """
 
         is_simple = False
+        thinking = False
 
         def __init__(
-            self, pretrained, device=None, batch_size=1, dtype=None, max_batch=None, max_tokens=None, on_drift="refuse", **unknown
-        ):
+            self, pretrained, device=None, batch_size=1, dtype=None, max_batch=None, max_tokens=None, on_drift="refuse", thinking=False,
+            **unknown,
+        ):  # fmt: skip
             super().__init__()
             if unknown:
-                known = "pretrained, device, dtype, max_batch, max_tokens, on_drift"
+                known = "pretrained, device, dtype, max_batch, max_tokens, on_drift, thinking"
                 raise ValueError(f"unknown model_args {', '.join(sorted(unknown))}; this model takes {known}")
             import torch
 
@@ -85,6 +88,7 @@ def _model_class() -> type:
             self.engine = Engine.from_pretrained(pretrained, device=device, dtype=dtype and getattr(torch, dtype), **settings)
             self.device = next(self.engine.model.parameters()).device
             self.batch_size = batch_size
+            self.thinking = str(thinking).lower() in ("true", "1", "yes")
 
         @property
         def tokenizer(self):
@@ -108,6 +112,7 @@ def _model_class() -> type:
                 top_p=float(kwargs.get("top_p") or 1.0),
                 seed=doc_id if temperature > 0 else None,
                 stop=(until,) if isinstance(until, str) else tuple(until),
+                thinking=self.thinking,
             )
 
         def loglikelihood(self, requests):

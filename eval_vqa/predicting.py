@@ -34,11 +34,12 @@ SHARES_PER_RANK = 4  # a process takes at most this part of its share at a time,
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """How to ask. A run goes on only with the max_new_tokens and grey it began with."""
+    """How to ask. A run goes on only with the max_new_tokens, grey and thinking it began with."""
 
     batch: int = 64  # questions handed to the engine at a time
     max_new_tokens: int = 16  # an answer that has not ended by then is cut; run.json counts those
     grey: bool = False  # every image replaced by a grey one of its size: what the questions alone give away
+    thinking: bool = False  # let a reasoning checkpoint think first; short answers are trained behind its mark of no thoughts
     on_missing: str = "fail"  # what an unreadable image means: one of ON_MISSING
 
     def __post_init__(self):

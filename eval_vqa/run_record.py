@@ -35,6 +35,7 @@ def open_record(out: Path, task: str, settings, identity: dict) -> dict:
         "decoding": {"temperature": 0.0, "seed": None},  # greedy: nothing is drawn
         "stop_rule": {"end_of_turn": True, "texts": [], "max_new_tokens": settings.max_new_tokens},
         "grey": settings.grey,
+        "thinking": settings.thinking,
         "on_missing": settings.on_missing,
         **identity,
     }

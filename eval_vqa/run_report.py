@@ -135,6 +135,7 @@ def _add_circumstances(page, run: MeasuredRun) -> None:
     rows = [
         ("why answers ended", _listed(counts.get("stop_reasons"))), ("tiles an answer was given from", _listed(counts.get("tiles"))),
         ("questions with fewer tiles than wanted", counts.get("tiles_reduced")), ("prompt", settings.get("prompt")),
+        ("thinking", "before each answer" if settings.get("thinking") else None),
         ("longest answer, tokens", settings.get("stop_rule", {}).get("max_new_tokens")), ("tiling", _listed(tiles)),
         ("prompt SHA-256", _cut(settings.get("prompt_sha256"))), ("model SHA-256", _cut(settings.get("model_fingerprint"))),
         ("preprocessing SHA-256", _cut(settings.get("preprocessing", {}).get("sha256"))),

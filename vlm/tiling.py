@@ -133,7 +133,7 @@ def open_image(source) -> Image.Image:
         raise ValueError(f"found an image of type {type(source).__name__}; expected a path, a binary file or a Pillow image")
     name = str(source) if isinstance(source, str | Path) else getattr(source, "name", "an image in memory")
     if name.startswith("data:"):  # not into the error: a picture's worth of letters
-        raise ValueError(f"found a data URL ({name[:32]} ...) for an image; expected a path, a binary file or a Pillow image: decode it first")
+        raise ValueError(f"found a data URL ({name[:32]} ...) for an image; decode it: expected a path, a binary file or a Pillow image")
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise FileNotFoundError(f"no image at {name}; check the path and the image folder")
     with _decoding(name, source), Image.open(source) as image:

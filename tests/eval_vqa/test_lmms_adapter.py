@@ -81,6 +81,15 @@ def test_the_entry_point_of_the_distribution_names_the_manifest():
     assert groups["lmms_eval.models"] == {adapter.MODEL_NAME: f"{adapter.__name__}:{adapter.manifest.__name__}"}
 
 
+def test_a_reasoning_checkpoint_does_not_think_unless_told(stand_in):
+    """Tasks allow sixteen tokens or so; thoughts do not end within them, and every answer was empty."""
+    model = make_model(stand_in)
+    for thinking in (False, True):
+        model.thinking = thinking
+        model.generate_until([Instance(("", doc_to_messages, {}, 0, "vqa", "val"))])
+    assert [request.thinking for request in model.engine.requests] == [False, True]
+
+
 def test_it_is_a_chat_model_of_the_harness(stand_in):
     assert issubclass(adapter.NemotronHVision, stand_in)
     assert adapter.NemotronHVision.is_simple is False

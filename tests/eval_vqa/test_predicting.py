@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -233,6 +234,41 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path, monkeypatch,
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", broken)
     _, outcome = run(questions, tmp_path / "out", on_missing="skip")
     assert len(outcome.problems) == 3 and "0.png cannot be read" in outcome.problems[0]["problem"]
+
+
+@dataclass
+class SwitchRequest(FakeRequest):
+    """A request as the engine's, with the switch of reasoning checkpoints."""
+
+    thinking: bool | None = None
+
+
+class Noting(FakeEngine):
+    def generate(self, requests, on_answer=None):
+        self.requests = requests
+        return super().generate(requests, on_answer)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_reasoning_checkpoints_think_only_when_told(tmp_path, thinking):
+    """Left to its habit such a model thinks, the answer's 16 tokens end within the thoughts, and every answer of the run is empty. What
+    would be the probability of "unanswerable" is then one of the thoughts."""
+    engine = Noting()
+    questions = make_questions(tmp_path, 1)
+    predict("vizwiz", questions, engine, tmp_path / "out", PredictSettings(thinking=thinking), make_request=SwitchRequest)
+    assert engine.requests[0].thinking is thinking
+    assert bool(engine.requests[0].score_texts) is not thinking
+    assert (tmp_path / "out" / "answerability.json").exists() is not thinking
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["thinking"] is thinking
+    with pytest.raises(ValueError, match=f"thinking is {thinking} there and {not thinking} now"):
+        predict("vizwiz", questions, engine, tmp_path / "out", PredictSettings(thinking=not thinking), make_request=SwitchRequest)
+
+
+def test_thinking_asked_of_a_checkpoint_without_it_stops_the_run(tmp_path, tiny_processor):
+    engine = Noting()
+    engine.processor = tiny_processor
+    with pytest.raises(ValueError, match="no thinking switch"):
+        predict("vqav2", make_questions(tmp_path), engine, tmp_path / "out", PredictSettings(thinking=True), make_request=SwitchRequest)
 
 
 class Tiler:
