@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # started as a script: its own folder is first on
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from eval_vqa.official_files import OfficialFiles, Question, choose_split, find_file
-from eval_vqa.official_records import field, index_records
+from eval_vqa.official_records import field, index_questions, index_records
 from eval_vqa.per_question import evaluate_each, require_strings
 
 __all__ = ["edit_distance", "evaluate", "locate", "read_questions", "similarity"]
@@ -72,7 +72,7 @@ def locate(folder: Path, split: str | None) -> OfficialFiles:
 
 def read_questions(content: dict, images: Path) -> list[Question]:
     """Rows of the official file; "image" is a path below the folder."""
-    rows = index_records(field(content, "data", "the question file"), "questionId", "data")
+    rows = index_questions(field(content, "data", "the question file"), "questionId", "data")
     return [
         Question(key, field(row, "question", f"question {key!r}"), images / str(field(row, "image", f"question {key!r}")))
         for key, row in rows.items()

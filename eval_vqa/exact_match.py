@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # started as a script: its own folder is first on
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from eval_vqa.official_files import OfficialFiles, Question, choose_split, find_file
-from eval_vqa.official_records import field, index_records
+from eval_vqa.official_records import field, index_questions
 from eval_vqa.per_question import evaluate_each, require_strings
 from eval_vqa.postprocessing import lower_without_final_period
 
@@ -28,7 +28,7 @@ def evaluate(annotations: list, results: list, *, question_ids=None) -> dict:
     annotations: [{"id", "answer": string or list of strings}]. results: [{"id", "answer"}]; of several for one id the last counts. Raises
     ValueError with the ids for a missing result and for an answer that is no string.
     """
-    return evaluate_each(index_records(annotations, "id", "questions"), results, "id", _judge, question_ids)
+    return evaluate_each(index_questions(annotations, "id", "questions"), results, "id", _judge, question_ids)
 
 
 def locate(folder: Path, split: str | None) -> OfficialFiles:
@@ -44,7 +44,7 @@ def read_questions(content: list, images: Path) -> list[Question]:
     """Rows of the list."""
     return [
         Question(key, field(row, "question", f"question {key!r}"), images / str(field(row, "image", f"question {key!r}")))
-        for key, row in index_records(content, "id", "questions").items()
+        for key, row in index_questions(content, "id", "questions").items()
     ]
 
 

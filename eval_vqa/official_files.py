@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval_vqa.archives import exists, is_archive, members
-from eval_vqa.official_records import field, index_records
+from eval_vqa.official_records import field, index_questions
 
 __all__ = [
     "OfficialFiles", "Question", "choose_split", "find_file", "find_images", "locate_gqa", "locate_vizwiz", "locate_vqav2",
@@ -94,7 +94,7 @@ def locate_vizwiz(folder: Path, split: str | None) -> OfficialFiles:
 def read_vqav2_questions(content: dict, images: Path) -> list[Question]:
     """Rows of the official question file; image names carry its data_subtype."""
     subset = str(field(content, "data_subtype", "the question file")).replace("test-dev2015", "test2015")
-    rows = index_records(field(content, "questions", "the question file"), "question_id", "questions")
+    rows = index_questions(field(content, "questions", "the question file"), "question_id", "questions")
     return [
         Question(key, field(row, "question", f"question {key!r}"), images / f"COCO_{subset}_{_number(row):012d}.jpg")
         for key, row in rows.items()
@@ -113,7 +113,7 @@ def read_gqa_questions(content: dict, images: Path) -> list[Question]:
 
 def read_vizwiz_questions(content: list, images: Path) -> list[Question]:
     """Rows of the official list; the image's name is the id."""
-    rows = index_records(content, "image", "annotations")
+    rows = index_questions(content, "image", "annotations")
     return [Question(key, field(row, "question", f"image {key!r}"), images / str(key)) for key, row in rows.items()]
 
 

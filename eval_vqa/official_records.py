@@ -5,7 +5,7 @@ What the official programs would stumble over with a KeyError or TypeError becom
 
 from collections.abc import Collection
 
-__all__ = ["field", "index_records", "name_ids"]
+__all__ = ["field", "index_questions", "index_records", "name_ids"]
 
 SHOWN = 10
 
@@ -42,6 +42,15 @@ def index_records(records, key: str, what: str) -> dict:
             indexed[identity] = record
         except TypeError:
             raise ValueError(f"entry {position} of {what}: {key} must be a number or a string, found {_short(identity)}") from None
+    return indexed
+
+
+def index_questions(records, key: str, what: str) -> dict:
+    """`index_records` for what is to be asked: raises ValueError for an id with two different records, one of which nobody would answer."""
+    indexed = index_records(records, key, what)
+    if len(indexed) < len(records):
+        if twice := list(dict.fromkeys(record[key] for record in records if indexed[record[key]] != record)):
+            raise ValueError(f"{what}: ids that stand for different questions, {name_ids(twice)}; give each question an id of its own")
     return indexed
 
 

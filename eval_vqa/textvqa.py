@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # started as a script: its own folder is first on
 from eval_vqa.answer_normalization import normalize
 from eval_vqa.contractions import VQAV2_CONTRACTIONS
 from eval_vqa.official_files import OfficialFiles, Question, choose_split, find_file, find_images
-from eval_vqa.official_records import field, index_records
+from eval_vqa.official_records import field, index_questions, index_records
 from eval_vqa.per_question import evaluate_each, require_strings
 from eval_vqa.soft_accuracy import leave_one_out
 
@@ -56,7 +56,7 @@ def locate(folder: Path, split: str | None) -> OfficialFiles:
 
 def read_questions(content: dict, images: Path) -> list[Question]:
     """Rows of the official file."""
-    rows = index_records(field(content, "data", "the question file"), "question_id", "data")
+    rows = index_questions(field(content, "data", "the question file"), "question_id", "data")
     return [
         Question(key, field(row, "question", f"question {key!r}"), images / f"{field(row, 'image_id', f'question {key!r}')}.jpg")
         for key, row in rows.items()

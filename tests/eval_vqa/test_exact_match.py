@@ -28,6 +28,15 @@ def test_a_question_without_an_answer_in_text_is_an_error(answer):
         evaluate(answer, "x")
 
 
+def test_one_id_for_two_questions_is_an_error(tmp_path):
+    """The first of them was never asked, and the run said that all questions had their answer."""
+    rows = [{"id": 1, "image": "x.png", "question": question, "answer": "a"} for question in ("one?", "two?")]
+    for read in (lambda: exact_match.read_questions(rows, tmp_path), lambda: exact_match.evaluate(rows, [{"id": 1, "answer": "a"}])):
+        with pytest.raises(ValueError, match="different questions, 1: 1; give each question an id of its own"):
+            read()
+    assert len(exact_match.read_questions([rows[0], dict(rows[0])], tmp_path)) == 1  # the same one twice is asked once
+
+
 def test_run_predicts_and_scores(tmp_path, monkeypatch, capsys):
     import eval_vqa.predicting as predicting
 

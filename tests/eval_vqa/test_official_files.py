@@ -5,9 +5,10 @@ import zipfile
 
 import pytest
 
+from eval_vqa import docvqa, textvqa
 from eval_vqa.archives import is_file, read_bytes
 from eval_vqa.json_files import file_sha256, read_json, write_json
-from eval_vqa.official_files import locate_gqa, locate_vizwiz, locate_vqav2
+from eval_vqa.official_files import locate_gqa, locate_vizwiz, locate_vqav2, read_vizwiz_questions, read_vqav2_questions
 from eval_vqa.tasks import read_questions
 
 
@@ -87,6 +88,21 @@ def test_a_question_that_is_no_text_is_named(tmp_path):
     write_json(tmp_path / "val.json", [{"image": "a.jpg", "question": 5}])
     with pytest.raises(ValueError, match="1: 'a.jpg'"):
         read_questions("vizwiz", locate_vizwiz(tmp_path, None))
+
+
+@pytest.mark.parametrize(
+    ("read", "content"),
+    [
+        (read_vqav2_questions, {"data_subtype": "val2014", "questions": [{"question_id": 5, "image_id": 1, "question": q} for q in "ab"]}),
+        (read_vizwiz_questions, [{"image": 5, "question": q} for q in "ab"]),
+        (textvqa.read_questions, {"data": [{"question_id": 5, "image_id": "x", "question": q} for q in "ab"]}),
+        (docvqa.read_questions, {"data": [{"questionId": 5, "image": "x", "question": q} for q in "ab"]}),
+    ],
+)
+def test_an_id_of_two_questions_is_an_error(tmp_path, read, content):
+    """Only the second was asked, and nothing said so."""
+    with pytest.raises(ValueError, match="ids that stand for different questions, 1: 5"):
+        read(content, tmp_path)
 
 
 def test_malformed_json_is_told_with_its_place(tmp_path):
