@@ -272,6 +272,49 @@ def test_many_threads_ask_stream_and_cancel_at_once(engine, alone):
     assert engine._scheduler.is_idle
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_no_memory_for_keeping_a_state_costs_no_answer(exact_model, tiny_processor, alone, monkeypatch, error):
+    """The finished request stayed in its row, every later step failed at it again, and the engine never answered anybody any more."""
+    mine = Engine(exact_model, tiny_processor, memory_bytes=2**26, self_check=False)
+    mine.submit(ask("kept before")).result()
+    assert len(mine.kept)
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(mine.kept, "keep", full)
+    request = ask("kept?", PICTURES[0])
+    assert mine.submit(request).result().text == alone(request).text
+    assert mine.generate([ask("and then?")])[0].text == alone(ask("and then?")).text
+    assert mine._scheduler.is_idle and not len(mine.kept) and mine.kept.bytes == 0
+
+
+def test_forgetting_waits_for_the_step_under_way(exact_model, tiny_processor, monkeypatch):
+    """Kept states were taken away while a step looked through them, which ended it with "dictionary changed size during iteration"."""
+    mine = Engine(exact_model, tiny_processor, memory_bytes=2**26, self_check=False)
+    mine.submit(ask("kept before")).result()
+    within, go_on, seen = threading.Event(), threading.Event(), []
+    step = mine._scheduler.step
+
+    def slow():
+        within.set()
+        go_on.wait(30)
+        seen.append(len(mine.kept))
+        step()
+
+    monkeypatch.setattr(mine._scheduler, "step", slow)
+    asking = threading.Thread(target=lambda: mine.generate([ask("?", max_new_tokens=1)]))
+    forgetting = threading.Thread(target=mine.forget)
+    asking.start()
+    assert within.wait(30)
+    forgetting.start()
+    forgetting.join(0.2)
+    go_on.set()
+    asking.join(30)
+    forgetting.join(30)
+    assert seen[0] > 0 and not len(mine.kept)
+
+
 def test_times_and_counts_of_an_answer(engine):
     first, second = engine.generate([ask("a?", PICTURES[0]), ask("b?", PICTURES[0])])
     for answer in (first, second):

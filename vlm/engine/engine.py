@@ -203,8 +203,10 @@ class Engine:
         self._run(self._scheduler.sweep)
 
     def forget(self) -> None:
-        """Drop every kept state and packed weight: after a change of the weights."""
+        """Drop every kept state and packed weight: after a change of the weights. Waits for a step under way, which may be reading them."""
         with self._turn:
+            while self._is_stepping:
+                self._turn.wait()
             self.kept.clear()
             self._packed.forget()
 

@@ -4,6 +4,7 @@ Steps: plan the pieces; encode each distinct tile once; read the pieces level by
 come again; the leaves go straight into the rows of the running batch.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class Prefill:
             targets = [places[index] for index in level]
             self._read_pieces([pieces[index] for index in level], tickets, found, visual, nodes, nodes, targets, places)
             for index, place in zip(level, targets, strict=True):
-                self._keep(tickets[pieces[index].owner], pieces[index], nodes, place)
+                self.keep(tickets[pieces[index].owner].prompt.identity[: pieces[index].end], nodes, place)
         leaves = sorted((piece for piece in pieces if piece.is_leaf), key=lambda piece: piece.owner)
         last = self._read_pieces(leaves, tickets, found, visual, nodes, slots, rows, places)
         for piece, ticket in zip(leaves, tickets, strict=True):
@@ -199,11 +200,18 @@ class Prefill:
         vision = self.model.config.vision_config
         return max(1, CACHED_BYTES // ((vision.image_size // vision.patch_size) ** 2 * vision.hidden_size * 4 * 4))
 
-    def _keep(self, ticket: Ticket, piece: Piece, nodes: Slots, place: int) -> None:
-        state = self.decoder.slots(1, piece.end) if self.kept.most_bytes else None
-        if state is not None and self.kept.wants(state.size_bytes()):
-            state.fork(nodes, [place], [0])
-            self.kept.keep(ticket.prompt.identity[: piece.end], state)
+    def keep(self, identity: np.ndarray, source: Slots, row: int) -> None:
+        """Keep a copy of a row that has read the prefix with this identity. Where there is no memory for it, what was kept is given back
+        instead: it is for speed alone, and no answer may be lost by it."""
+        if not self.kept.most_bytes:
+            return
+        try:
+            state = self.decoder.slots(1, len(identity))
+            if self.kept.wants(state.size_bytes()):
+                state.fork(source, [row], [0])
+                self.kept.keep(identity, state)
+        except (MemoryError, RuntimeError):  # torch's lack of memory is a RuntimeError
+            self.kept.clear()
 
     def _score(self, tickets: list[Ticket], logits: Tensor, slots: Slots, rows: list[int]) -> None:
         """Log-probabilities of the texts each request wants scored. The first token of a text is in `logits`; for the others its words are

@@ -235,9 +235,5 @@ class Scheduler:
 
     def _keep(self, ticket: Ticket, row: int) -> None:
         """Keep the state behind what was read of the conversation, for its next turn."""
-        read = self.slots.counts[row]
-        said = ticket.said[: read - len(ticket.prompt)]
-        state = self.decoder.slots(1, read)
-        if self.prefill.kept.wants(state.size_bytes()):
-            state.fork(self.slots, [row], [0])
-            self.prefill.kept.keep(np.concatenate([ticket.prompt.identity, np.array(said, dtype=np.int64)]), state)
+        said = ticket.said[: self.slots.counts[row] - len(ticket.prompt)]
+        self.prefill.keep(np.concatenate([ticket.prompt.identity, np.array(said, dtype=np.int64)]), self.slots, row)
