@@ -8,7 +8,7 @@ EXAMPLES ?= runs/quickstart/scenes/heldout/vizwiz/val
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart test demo lint clean-quickstart
+.PHONY: install quickstart test demo serve lint clean-quickstart
 
 install: $(STAMP)
 
@@ -28,6 +28,9 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python demo/app.py --model $(MODEL) --instruction "$(INSTRUCTION)" $(if $(wildcard $(EXAMPLES)),--examples $(EXAMPLES))
+
+serve: $(STAMP)
+	$(BIN)/python demo/server.py --model $(MODEL)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
