@@ -13,6 +13,7 @@ from .tile_view import TILE_STYLE, tiles_html
 __all__ = ["MOST_NEW_TOKENS", "build_page", "chat_messages"]
 
 MOST_NEW_TOKENS = 1024
+MOST_ASKING = 16  # visitors answered at once: the engine decodes them together; more wait in gradio's queue
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 WELCOME = "### Drop a picture and ask about it\nThen ask again: the picture stays in the conversation."
@@ -139,7 +140,7 @@ def build_page(engine, model_name: str, examples: list[str] = (), instruction: s
                     instruction = gr.Textbox(instruction, label="Added under every question", placeholder="nothing")
         asking = box.submit(
             answer, [box, turns, max_new_tokens, temperature, instruction], [chatbot, turns, tiles, status, box],
-            concurrency_limit=1, show_progress="hidden", api_name="ask",
+            concurrency_limit=MOST_ASKING, show_progress="hidden", api_name="ask",
         )  # fmt: skip
         box.stop(stopped, turns, [chatbot, status, box], cancels=[asking], show_progress="hidden", api_visibility="private", queue=False)
         for event in (clear.click, chatbot.clear):

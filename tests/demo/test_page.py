@@ -60,6 +60,12 @@ def test_the_page_builds_and_takes_nothing_from_the_network(page):
     assert not blocks.analytics_enabled and "googleapis" not in json.dumps(blocks.get_config_file(), default=str)
 
 
+def test_visitors_do_not_wait_for_each_others_answers(page):
+    """The engine decodes them together; with a limit of 1 the second saw nothing until the first had all of its answer."""
+    blocks, _ = page
+    assert next(function for function in blocks.fns.values() if function.api_name == "ask").concurrency_limit == 16
+
+
 def test_the_page_answers_and_remembers(page, tmp_path):
     blocks, _ = page
     ask = next(function.fn for function in blocks.fns.values() if function.api_name == "ask")
