@@ -7,6 +7,9 @@ some micro-batches are text only. The reference packs the whole batch of a step 
 table: the gradients of the first step before clipping, all parameters as one vector, |g - reference| / |reference|; the worst single
 parameter by the same measure (of those whose gradient is not rounding itself); and the largest difference of a loss over all steps.
 
+The same again with an encoder that normalises by its batch (BatchNorm, the quickstart's resnet10t): over the tiles of a micro-batch of all
+ranks, so that its reference packs each micro-batch into a row.
+
 A second table starts engines in bfloat16 as the trainer does, makes five steps, and says in which dtype each holds A_log, D and dt_bias and
 how far their values moved by its start; a matrix stands beside them.
 """
@@ -39,12 +42,18 @@ from train_vlm.kept_precision import KEPT, kept_parameters  # noqa: E402
 from train_vlm.ranks import start_deepspeed, sum_over_ranks  # noqa: E402
 from train_vlm.recipe import Data, Parts, Recipe, Run, Source  # noqa: E402
 from train_vlm.training_step import train_step  # noqa: E402
+from vision_encoders.shared_statistics import share_statistics  # noqa: E402
 from vlm.assemble import assemble  # noqa: E402
 from vlm.files import write_whole  # noqa: E402
 
 BATCH, RANKS = 8, 2
 PARTS = Parts(vision_encoder=5e-4, projector=1e-3, language_model=1e-3)
-ENCODER = {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 2}
+ENCODERS = {  # name: arguments of `assemble`
+    "InternViT": {"vision_settings": {"image_size": 32, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+                                      "num_attention_heads": 2}},
+    "resnet10t": {"vision_encoder": "timm:resnet10t", "vision_settings": {"image_size": 32, "output_stride": 8, "stem_width": 16,
+                                                                          "channels": [16, 32, 64, 64]}},
+}  # fmt: skip
 BARS = {"gradient": 1e-5, "loss": 1e-3}
 
 
@@ -73,8 +82,10 @@ class Trial:
         self.recipe = Recipe(stage="sft", model="tiny", out="", data=Data(sources=(Source("drawn"),), batch_samples=BATCH), parts=PARTS,
                              run=Run(steps=steps, threads_per_rank=1))  # fmt: skip
         _, self.rank, self.ranks, self.device = start_deepspeed(self.recipe)
-        self.model, self.processor = assemble("tiny", vision_settings=ENCODER, seed=0)
-        self.samples = make_samples(self.processor, steps * BATCH)
+
+    def take(self, encoder: str) -> None:
+        self.model, self.processor = assemble("tiny", **ENCODERS[encoder], seed=0)
+        self.samples = make_samples(self.processor, self.steps * BATCH)
 
     def pack(self, places) -> dict:
         chosen = [self.samples[place] for place in places]
@@ -86,24 +97,27 @@ class Trial:
         model.training = True
         return model, make_optimizer(parameter_groups(model, PARTS, self.recipe.optimizer), self.recipe.optimizer)
 
-    def reference(self) -> tuple[list[float], dict]:
-        """Losses, and the gradients of the first step by name, of a plain loop over whole batches."""
+    def reference(self, micro_batches: int = 1) -> tuple[list[float], dict]:
+        """Losses, and the gradients of the first step by name, of a plain loop over whole batches, or over so many parts of each."""
         model, optimizer = self.fresh()
         losses, first = [], {}
         for step in range(self.steps):
-            batch = self.pack(range(step * BATCH, (step + 1) * BATCH))
-            output = model(
-                input_ids=batch["input_ids"], labels=batch["labels"], cu_seq_lens_q=batch["cu_seq_lens_q"],
-                pixel_values=self.processor.image_processor.normalize_pixels(batch["pixels"]),
-                num_items_in_batch=batch["supervised_tokens"],
-            )  # fmt: skip
-            output.loss.backward()
+            starts = range(step * BATCH, (step + 1) * BATCH, BATCH // micro_batches)
+            batches, loss = [self.pack(range(start, start + BATCH // micro_batches)) for start in starts], 0.0
+            for batch in batches:
+                output = model(
+                    input_ids=batch["input_ids"], labels=batch["labels"], cu_seq_lens_q=batch["cu_seq_lens_q"],
+                    pixel_values=self.processor.image_processor.normalize_pixels(batch["pixels"]),
+                    num_items_in_batch=sum(each["supervised_tokens"] for each in batches),
+                )  # fmt: skip
+                output.loss.backward()
+                loss += output.loss.item()
             if not first:
                 first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], self.recipe.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(output.loss.item())
+            losses.append(loss)
         return losses, first
 
     def engine(self, **run):
@@ -116,6 +130,7 @@ class Trial:
             for name, p in model.named_parameters():
                 p.data = p.data if name in kept else p.data.bfloat16()
             optimizer = make_optimizer(parameter_groups(model, PARTS, recipe.optimizer), recipe.optimizer)
+        share_statistics(model.vision_encoder)  # as train_vlm/preparing.py
         engine, _ = start_engine(model, optimizer, recipe, recipe.deepspeed_config(self.ranks), self.ranks)
         return engine, recipe
 
@@ -182,21 +197,27 @@ def distances(gradients: dict, reference: dict) -> tuple[float, float, str]:
 
 def child(out: Path, steps: int) -> None:
     warnings.filterwarnings("ignore")
-    trial = Trial(steps)
-    losses, gradients = trial.reference()
-    rows = []
-    for stage in range(4):
-        for micro_batches in (1, 2, 4):
-            found, first = trial.run(stage, micro_batches)
-            whole, worst, name = distances(first, gradients)
-            gap = max(abs(a - b) for a, b in zip(found, losses, strict=True))
-            rows.append({"zero_stage": stage, "micro_batches": micro_batches, "gradient": whole, "worst_gradient": worst, "worst": name,
-                         "loss": gap, "last_loss": found[-1]})  # fmt: skip
-            if trial.rank == 0:
-                print(rows[-1], file=sys.stderr, flush=True)
+    trial = Trial(steps)  # the encoder of the papers comes last: the second table is about it
+    rows, plain = [], {}
+    for encoder in reversed(ENCODERS):
+        trial.take(encoder)
+        of_batches = encoder == "resnet10t"
+        references = {count: trial.reference(count if of_batches else 1) for count in ((1, 2, 4) if of_batches else (1,))}
+        plain[encoder] = references[1][0]
+        for stage in range(4):
+            for micro_batches in (1, 2, 4):
+                losses, gradients = references[micro_batches if of_batches else 1]
+                found, first = trial.run(stage, micro_batches)
+                whole, worst, name = distances(first, gradients)
+                gap = max(abs(a - b) for a, b in zip(found, losses, strict=True))
+                rows.append({"encoder": encoder, "zero_stage": stage, "micro_batches": micro_batches, "gradient": whole,
+                             "worst_gradient": worst, "worst": name, "loss": gap, "last_loss": found[-1]})  # fmt: skip
+                if trial.rank == 0:
+                    print(rows[-1], file=sys.stderr, flush=True)
     ssm = [{"zero_stage": stage, "offload": offload} | trial.ssm_row(zero_stage=stage, offload=offload)
            for stage, offload in ((1, None), (2, None), (2, "optimizer"), (3, None))]  # fmt: skip
-    result = {"losses": losses, "parameters": sum(p.numel() for p in trial.model.parameters()), "rows": rows, "ssm": ssm}
+    result = {"losses": plain["InternViT"], "losses_resnet10t": plain["resnet10t"],
+              "parameters": sum(p.numel() for p in trial.model.parameters()), "rows": rows, "ssm": ssm}  # fmt: skip
     if trial.rank == 0:
         write_whole(out, json.dumps(result))
     torch.distributed.barrier()
@@ -209,12 +230,12 @@ def page(result: dict) -> str:
         f"{result['machine']}; torch {result['torch']}, DeepSpeed {result['deepspeed']}. {result['parameters']:,} parameters, "
         f"{len(result['losses'])} steps of {BATCH} samples, float32, gloo; the plain loop's loss went from {result['losses'][0]:.4f} to "
         f"{result['losses'][-1]:.4f}.", "",
-        "| ZeRO | micro-batches | gradients of the first step | worst single parameter | largest difference of a loss |",
-        "|---:|---:|---:|---:|---:|",
+        "| encoder | ZeRO | micro-batches | gradients of the first step | worst single parameter | largest difference of a loss |",
+        "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for row in result["rows"]:
-        out.append(f"| {row['zero_stage']} | {row['micro_batches']} | {row['gradient']:.1e} | {row['worst_gradient']:.1e} | "
-                   f"{row['loss']:.1e} |")  # fmt: skip
+    for row in sorted(result["rows"], key=lambda row: row["encoder"]):
+        numbers = " | ".join(f"{row[key]:.1e}" for key in ("gradient", "worst_gradient", "loss"))
+        out.append(f"| {row['encoder']} | {row['zero_stage']} | {row['micro_batches']} | {numbers} |")
     out += ["", f"Bars: gradients {BARS['gradient']:.0e}, losses {BARS['loss']:.0e}.", "",
             "In bfloat16: dtype, and largest change of a value when the engine started; largest difference of the losses to float32.", "",
             f"| ZeRO | offload | {' | '.join((*KEPT, 'in_proj'))} | losses |", f"|---:|---|{'---|' * (len(KEPT) + 1)}---:|"]  # fmt: skip

@@ -1,7 +1,8 @@
 """DocVQA: average normalised Levenshtein similarity (ANLS), and the command that predicts and scores.
 
 A misread letter costs little, a wrong answer everything: the similarity to the nearest reference answer counts where it is at least one
-half. The paper writes "below 0.5" of the distance, the official program keeps a similarity of exactly 0.5; this follows the program.
+half. The paper writes "below 0.5" of the distance, the official program keeps a similarity of exactly 0.5; this follows the program. So
+it does in what a distance is divided by: the length of the longer text in upper case as it was written, white space included.
 
     python eval_vqa/docvqa.py predict|score|run --help
 """
@@ -42,7 +43,7 @@ def similarity(prediction: str, answers: list[str]) -> float:
     said = " ".join(prediction.lower().split())
     for answer in answers:
         wanted = " ".join(answer.lower().split())
-        longest = max(len(said), len(wanted))
+        longest = max(len(answer.upper()), len(prediction.upper()))
         best = max(best, 1.0 - (edit_distance(said, wanted) / longest if longest else 0.0))
     return best if best >= LEAST_SIMILARITY else 0.0
 

@@ -26,7 +26,7 @@ def grounding_score(question: dict, scene: dict, attention: list, map_size: int)
     score = 0.0
     for region in regions:
         for cell, weight in cells:
-            score += weight * _overlap(cell, region) / _area(cell)
+            score += weight * (_overlap(cell, region) / _area(cell))  # in the official order of operations
     return score
 
 

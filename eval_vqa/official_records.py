@@ -8,6 +8,7 @@ from collections.abc import Collection
 __all__ = ["field", "index_questions", "index_records", "name_ids"]
 
 SHOWN = 10
+SHOWN_KEYS = 20  # more than any official record has; a whole file by id has a hundred thousand
 
 
 def name_ids(ids: Collection) -> str:
@@ -24,7 +25,9 @@ def field(record, key: str, owner: str):
     if not isinstance(record, dict):
         raise ValueError(f"{owner} must be a JSON object, found {_short(record)}")
     if key not in record:
-        raise ValueError(f"{owner} has no {key!r}; it has {sorted(map(str, record))}")
+        keys = sorted(map(str, record))
+        rest = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
+        raise ValueError(f"{owner} has no {key!r}; it has {keys[:SHOWN_KEYS]}{rest}")
     return record[key]
 
 

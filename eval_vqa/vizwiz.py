@@ -6,7 +6,9 @@ contraction table has curly apostrophes. "unanswerable" is an answer like any ot
     python eval_vqa/vizwiz.py predict|score|run|baseline --help
 """
 
+import math
 import sys
+from numbers import Real
 from pathlib import Path
 
 if __package__ in (None, ""):  # started as a script: its own folder is first on the path, the project's is not
@@ -67,7 +69,7 @@ def evaluate_answerability(annotations: list, results: list) -> dict:
         confidence = field(predictions[image], "answerable", f"the result of image {image!r}")
         if answerable not in (0, 1):
             raise ValueError(f"image {image!r}: answerable must be 0 or 1 in the annotations, found {answerable!r}")
-        if not isinstance(confidence, int | float):
+        if not _is_finite(confidence):
             raise ValueError(f"image {image!r}: answerable must be a number from 0 to 1 in the results, found {confidence!r}")
         labels.append(1 - int(answerable))
         scores.append(1.0 - confidence)
@@ -87,6 +89,14 @@ def _chosen(images, truths: dict, predictions: dict) -> list:
     if missing := [image for image in chosen if image not in predictions]:
         raise ValueError(f"annotated images without result, {name_ids(missing)}")
     return chosen
+
+
+def _is_finite(value) -> bool:
+    """Whether `value` is a number that a double can hold; nan and infinity, which JSON readers let pass, are none."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _accuracy(truth: dict, prediction: str) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from train_vlm.dealing import deal, deal_in_order
+from train_vlm.dealing import deal_in_order, deal_step
 from vlm.loss import IGNORE_INDEX, count_supervised_tokens
 
 __all__ = ["MicroBatchPositions", "pack"]
@@ -61,7 +61,8 @@ class MicroBatchPositions(torch.utils.data.Sampler):
     """Endless: the stream positions of this rank's micro-batches, in order. Step s takes positions [s * batch, (s + 1) * batch).
 
     With `cost` (position -> work) a step's samples are dealt out so that ranks finish together, and with `tokens` and `pack_tokens` so that
-    no pack is longer (dealing.py). Which samples a step has does not depend on it.
+    no pack is longer (dealing.py). Which samples a step has does not depend on it; which ones a micro-batch has, all ranks together, does
+    not depend on the number of ranks with `rank_blind`, or without `cost`.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class MicroBatchPositions(torch.utils.data.Sampler):
         cost: Callable[[int], float] | None = None,
         tokens: Callable[[int], int] | None = None,
         pack_tokens: int | None = None,
+        rank_blind: bool = False,
     ):
+        self.rank_blind = rank_blind
         self.batch_samples, self.micro_batches, self.cost, self.tokens = batch_samples, micro_batches, cost, tokens
         self.rank, self.world_size, self.first_step, self.pack_tokens = rank, world_size, first_step, pack_tokens
 
@@ -86,7 +89,9 @@ class MicroBatchPositions(torch.utils.data.Sampler):
             if self.cost is None:
                 dealt = deal_in_order(positions, hands)
             else:
-                dealt = deal(positions, hands, self.cost, self.tokens, self.pack_tokens)
+                dealt = deal_step(
+                    positions, self.micro_batches, self.world_size, self.cost, self.tokens, self.pack_tokens, rank_blind=self.rank_blind
+                )
             for micro in range(self.micro_batches):
                 yield dealt[micro * self.world_size + self.rank]
             step += 1

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Dealt", "deal", "deal_in_order", "fitting_micro_batches", "imbalance", "predict"]
+__all__ = ["Dealt", "deal", "deal_in_order", "deal_step", "fitting_micro_batches", "imbalance", "predict"]
 
 PREDICTED_STEPS = 100
 
@@ -51,6 +51,26 @@ def deal(
     return dealt
 
 
+def deal_step(
+    positions: list[int],
+    micro_batches: int,
+    ranks: int,
+    cost: Callable[[int], float],
+    tokens: Callable[[int], int] | None = None,
+    pack_tokens: int | None = None,
+    *,
+    rank_blind: bool = False,
+) -> list[list[int]]:
+    """A step's positions -> one list for each hand, micro-batch by micro-batch, in each the ranks.
+
+    `rank_blind`: which samples a micro-batch has, all ranks together, follows from the step alone, whatever the number of ranks: what
+    BatchNorm wants, which normalises by a micro-batch. Otherwise hands are dealt all at once, which leaves more ways to fit packs."""
+    if not rank_blind:
+        return deal(positions, micro_batches * ranks, cost, tokens, pack_tokens)
+    together = deal_in_order(positions, micro_batches)
+    return [hand for part in together for hand in deal(part, ranks, cost, tokens, pack_tokens)]
+
+
 def imbalance(work: list[float]) -> float:
     """How much more than the mean the slowest has to do, in percent: the share of the others' time that is waiting. 0 for no work."""
     mean = sum(work) / len(work)
@@ -84,6 +104,7 @@ def predict(
     tokens: Callable[[int], int],
     *,
     pack_tokens: int | None = None,
+    rank_blind: bool = False,
     first_step: int = 0,
     steps: int = PREDICTED_STEPS,
 ) -> Dealt:
@@ -96,7 +117,7 @@ def predict(
 
     for step in range(first_step, first_step + steps):
         positions = list(range(step * batch_samples, (step + 1) * batch_samples))
-        dealt = deal(positions, hands, cost, tokens, pack_tokens)
+        dealt = deal_step(positions, micro_batches, ranks, cost, tokens, pack_tokens, rank_blind=rank_blind)
         longest = max(longest, *(sum(map(tokens, hand)) for hand in dealt))
         by_cost += imbalance(of_ranks(dealt)) / steps
         in_order += imbalance(of_ranks(deal_in_order(positions, hands))) / steps
@@ -112,6 +133,7 @@ def fitting_micro_batches(
     *,
     pack_tokens: int,
     steps: int,
+    rank_blind: bool = False,
 ) -> int:
     """The least number of micro-batches, from `micro_batches` on, with which every pack of the first `steps` steps holds at most
     `pack_tokens`. Raises ValueError when a sample alone is longer."""
@@ -123,6 +145,9 @@ def fitting_micro_batches(
             raise ValueError(
                 f"data.pack_tokens is {pack_tokens}, a sample of step {step + 1} has {longest} tokens; expected at least as many"
             )
-        while any(sum(map(tokens, hand)) > pack_tokens for hand in deal(positions, found * ranks, cost, tokens, pack_tokens)):
+        while any(
+            sum(map(tokens, hand)) > pack_tokens
+            for hand in deal_step(positions, found, ranks, cost, tokens, pack_tokens, rank_blind=rank_blind)
+        ):
             found += 1
     return found

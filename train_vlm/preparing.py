@@ -29,6 +29,7 @@ from train_vlm.reading import SampleStream
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import Standing, Start, look_for_start
 from train_vlm.run_identity import describe_run
+from vision_encoders.shared_statistics import share_statistics, trained_batch_norms
 from vlm.checkpoint import load_model
 from vlm.lora import AdapterWatch
 from vlm.processing import VLMProcessor
@@ -42,8 +43,9 @@ FITTED_SAMPLES = 2_000_000  # whose packs are looked at for data.pack_tokens: so
 class Prepared:
     """engine: DeepSpeed's, around the model; optimizer: its groups are what rates are set on; calendars: (name, peak rate, warm-up) of each
     group; heldout: the stream of held-out samples; described: what makes this run this run; standing and ledger: where it goes on;
-    recipe: with the micro-batches that its packs need; dealt: how even the ranks' work will be; watch: adapters waiting for a gradient;
-    fp8: the guard of the decoder's FP8 layers; random_states: those of the checkpoint, to be set right before the first step."""
+    recipe: with the micro-batches that its packs need; batch_norms: how many layers of the encoder normalise by their batch; dealt: how
+    even the ranks' work will be; watch: adapters waiting for a gradient; fp8: the guard of the decoder's FP8 layers; random_states: those
+    of the checkpoint, to be set right before the first step."""
 
     recipe: Recipe
     engine: object
@@ -58,6 +60,7 @@ class Prepared:
     standing: Standing
     ledger: Ledger
     parts: str
+    batch_norms: int
     dealt: Dealt
     watch: AdapterWatch | None
     fp8: Fp8Guard | None
@@ -70,8 +73,9 @@ class Prepared:
         data = self.recipe.data
         cost, tokens = sample_costs(self.stream, self.costs)
         places = MicroBatchPositions(
-            data.batch_samples, data.micro_batches, rank, ranks, self.standing.step, cost=cost, tokens=tokens, pack_tokens=data.pack_tokens
-        )
+            data.batch_samples, data.micro_batches, rank, ranks, self.standing.step, cost=cost, tokens=tokens,
+            pack_tokens=data.pack_tokens, rank_blind=self.batch_norms > 0,
+        )  # fmt: skip
         return iter(DataLoader(
             self.stream,
             batch_sampler=places,
@@ -93,16 +97,23 @@ def fitted_steps(recipe: Recipe) -> int:
     return most if recipe.run.steps is None else min(recipe.run.steps, most)
 
 
-def _fitted(recipe: Recipe, stream: SampleStream, costs: FlopCosts, ranks: int) -> Recipe:
+def _fitted(recipe: Recipe, stream: SampleStream, costs: FlopCosts, ranks: int, *, rank_blind: bool) -> Recipe:
     """The recipe with as many micro-batches as data.pack_tokens needs."""
     data = recipe.data
     if data.pack_tokens is None:
         return recipe
     cost, tokens = (lru_cache(2 * data.batch_samples)(measure) for measure in sample_costs(stream, costs))  # of the step at hand
     found = fitting_micro_batches(
-        data.batch_samples, data.micro_batches, ranks, cost, tokens, pack_tokens=data.pack_tokens, steps=fitted_steps(recipe)
-    )
+        data.batch_samples, data.micro_batches, ranks, cost, tokens, pack_tokens=data.pack_tokens, steps=fitted_steps(recipe),
+        rank_blind=rank_blind,
+    )  # fmt: skip
     return replace(recipe, data=replace(data, micro_batches=found))
+
+
+def _batch_norms_text(layers: int, ranks: int, micro_batches: int) -> str:
+    over = "the tiles of all ranks" if ranks > 1 else "the tiles"
+    text = f"vision_encoder: {layers} BatchNorm layers train, over {over} of a micro-batch"
+    return text if micro_batches == 1 else f"{text}, {micro_batches} a step: with more or fewer of them losses differ"
 
 
 def _plan(recipe: Recipe, stream: SampleStream, ranks: int) -> str:
@@ -151,11 +162,16 @@ def prepare(recipe: Recipe) -> Prepared | None:
     parts = parts_table(model, recipe.parts, groups) + (f"\n{reached}" if reached else "")
     fp8 = start_fp8(model, recipe.fp8)
     parts += f"\n{fp8.report.summary()}" if fp8 else ""
-    recipe = _fitted(recipe, stream, costs, ranks)
+    batch_norms = len(trained_batch_norms(model.vision_encoder))
+    recipe = _fitted(recipe, stream, costs, ranks, rank_blind=batch_norms > 0)
+    if batch_norms:
+        parts += f"\n{_batch_norms_text(batch_norms, ranks, recipe.data.micro_batches)}"
+    if ranks > 1:
+        share_statistics(model.vision_encoder)
     settings = recipe.deepspeed_config(ranks)
     first_step = start.standing.step if start.standing else 0
     dealt = predict(recipe.data.batch_samples, recipe.data.micro_batches, ranks, *(cache(m) for m in sample_costs(stream, costs)),
-                    pack_tokens=recipe.data.pack_tokens, first_step=first_step)  # fmt: skip
+                    pack_tokens=recipe.data.pack_tokens, rank_blind=batch_norms > 0, first_step=first_step)  # fmt: skip
     if rank == 0:
         print(f"{parts}\n{_plan(recipe, stream, ranks)}\n{dealt.text(ranks)}", flush=True)
     # The optimizer's shards of other ranks than before are laid out anew first.
@@ -183,6 +199,6 @@ def prepare(recipe: Recipe) -> Prepared | None:
         if rank == 0:
             shutil.rmtree(laid_out, ignore_errors=True)
     return Prepared(
-        recipe, engine, optimizer, calendars, processor, stream, heldout, costs, described, start, standing, ledger, parts, dealt, watch,
-        fp8, states,
+        recipe, engine, optimizer, calendars, processor, stream, heldout, costs, described, start, standing, ledger, parts, batch_norms,
+        dealt, watch, fp8, states,
     )  # fmt: skip

@@ -11,17 +11,21 @@ __all__ = ["unmoved_statistics"]
 @contextmanager
 def unmoved_statistics(encoder: nn.Module) -> Iterator[None]:
     """Within the block, layers of `encoder` that train normalise by their batch, as always, and leave running statistics as they are.
+    Those that share statistics with other ranks (shared_statistics.py) normalise by the others', and move with them.
 
-    Not by eval mode: a layer that shares its batch's statistics with other ranks (SyncBatchNorm) would then leave them waiting.
+    Not by eval mode: a layer that shares its batch's statistics (SyncBatchNorm, too) would then leave other ranks waiting.
     """
-    moving = [
-        module for module in encoder.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats
-    ]  # fmt: skip
+    training = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._NormBase) and module.training]
+    sharing = [module for module in training if hasattr(module, "counts_in_statistics")]
+    moving = [module for module in training if module.track_running_stats and module not in sharing]
+    for module in sharing:
+        module.counts_in_statistics = False
     for module in moving:
         module.track_running_stats = False
     try:
         yield
     finally:
+        for module in sharing:
+            module.counts_in_statistics = True
         for module in moving:
             module.track_running_stats = True

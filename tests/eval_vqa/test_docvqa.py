@@ -38,6 +38,8 @@ def test_edit_distance_equals_the_definition():
         ("wrong", ["right", "wrung"], 0.8),  # the nearest answer counts
         ("", ["x"], 0.0),
         ("", [""], 1.0),
+        ("ab", ["a   "], 0.75),  # a distance counts against the length as written, as in the official program
+        ("ab", ["ßb"], 1 - 1 / 3),  # ß in upper case is two letters
     ],
 )
 def test_similarity(prediction, answers, expected):

@@ -158,6 +158,14 @@ def test_ids_are_strings():
         gqa.evaluate({"1": question()}, [{"questionId": 1, "prediction": "red"}])
 
 
+def test_an_error_about_a_big_file_does_not_list_all_of_it():
+    """val_choices.json has entries for a hundred thousand questions; the message was as long as all their ids."""
+    choices = {f"other{place}": {"valid": [], "plausible": []} for place in range(1000)}
+    with pytest.raises(ValueError, match=r"question 'a': the choices file has no 'a'; it has \['other0', .* and 980 more$") as raised:
+        gqa.evaluate({"a": question()}, predict(a="red"), choices=choices)
+    assert len(str(raised.value)) < 400
+
+
 def test_choices_are_needed_for_balanced_questions_only():
     questions = {"a": question(), "b": question(balanced=False)}
     choices = {"a": {"valid": ["red"], "plausible": []}}

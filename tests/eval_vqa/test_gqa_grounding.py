@@ -25,6 +25,11 @@ def test_regions_add_up_and_repeat_so_the_score_may_exceed_one():
     assert grounding_score(question(["1", "1"], ["1"]), SCENE, everything, 2) == pytest.approx(15.0)
 
 
+def test_the_last_digit_is_that_of_the_official_order_of_operations():
+    """weight * (intersection / area); (weight * intersection) / area ends in ...99."""
+    assert grounding_score(question(["2"]), SCENE, [[0.1] * 7] * 7, 7) == 1.2249999999999996
+
+
 def test_no_region_gives_zero():
     assert grounding_score(question(), SCENE, EVEN, 2) == 0.0
 

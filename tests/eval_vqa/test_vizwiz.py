@@ -122,7 +122,13 @@ def test_no_unanswerable_image_gives_zero():
 
 @pytest.mark.parametrize(
     ("label", "confidence", "message"),
-    [(2, 0.5, "image '0': answerable must be 0 or 1"), (1, "0.5", "image '0': answerable must be a number"), (1, float("nan"), "finite")],
+    [
+        (2, 0.5, "image '0': answerable must be 0 or 1"),
+        (1, "0.5", "image '0': answerable must be a number"),
+        (1, float("nan"), "image '0': answerable must be a number"),
+        (1, float("-inf"), "image '0': answerable must be a number"),
+        pytest.param(1, 10**400, "image '0': answerable must be a number", id="no double holds it"),
+    ],
 )
 def test_what_cannot_be_ranked_is_refused(label, confidence, message):
     with pytest.raises(ValueError, match=message):

@@ -27,6 +27,8 @@ from train_vlm.ranks import start_deepspeed, sum_over_ranks
 from train_vlm.recipe import Data, Optimizer, Parts, Recipe, Run, Source, load_recipe
 from train_vlm.trainer import full_state_dict, train
 from train_vlm.training_step import NotFiniteError, train_step
+from vision_encoders.shared_statistics import share_statistics
+from vlm.assemble import assemble
 from vlm.checkpoint import load_model, save_model
 
 STEPS, BATCH = 3, 8
@@ -72,23 +74,27 @@ class Bench:
         model.training = True
         return model
 
-    def plain_loop(self, parts: Parts) -> tuple[list[float], dict]:
-        """What every run must equal: one process, the whole batch in one row, no DeepSpeed."""
+    def plain_loop(self, parts: Parts, micro_batches: int = 1) -> tuple[list[float], dict]:
+        """What every run must equal: one process, the whole batch in one row (or so many), no DeepSpeed."""
         model = self.fresh(parts)
         optimizer = make_optimizer(parameter_groups(model, parts, self.base.optimizer), self.base.optimizer)
         losses = []
         for step in range(STEPS):
-            batch = self.pack(self.samples[step * BATCH : (step + 1) * BATCH])
-            output = model(
-                input_ids=batch["input_ids"], labels=batch["labels"], cu_seq_lens_q=batch["cu_seq_lens_q"],
-                pixel_values=self.processor.image_processor.normalize_pixels(batch["pixels"]),
-                num_items_in_batch=batch["supervised_tokens"],
-            )  # fmt: skip
-            output.loss.backward()
+            size = BATCH // micro_batches
+            batches = [self.pack(self.samples[start : start + size]) for start in range(step * BATCH, (step + 1) * BATCH, size)]
+            loss = 0.0
+            for batch in batches:
+                output = model(
+                    input_ids=batch["input_ids"], labels=batch["labels"], cu_seq_lens_q=batch["cu_seq_lens_q"],
+                    pixel_values=self.processor.image_processor.normalize_pixels(batch["pixels"]),
+                    num_items_in_batch=sum(each["supervised_tokens"] for each in batches),
+                )  # fmt: skip
+                output.loss.backward()
+                loss += output.loss.item()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.base.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(output.loss.item())
+            losses.append(loss)
         return losses, model.state_dict()
 
     def run(self, parts: Parts, samples=None, micro_batches: int = 1, expected: dict | None = None, **run) -> dict:
@@ -102,6 +108,7 @@ class Bench:
         model.activation_checkpointing = recipe.run.activation_checkpointing
         if recipe.run.encoder_activation_checkpointing:
             checkpoint_encoder(model.vision_encoder)
+        share_statistics(model.vision_encoder)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer = make_optimizer(parameter_groups(model, parts, recipe.optimizer), recipe.optimizer)
         engine, _, _, _ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=recipe.deepspeed_config(self.world_size))
@@ -124,6 +131,38 @@ class Bench:
                 result["distance"] = max((weights[name].float() - expected[name].float()).abs().max().item() for name in expected)
         engine.destroy()
         return result
+
+
+def with_batch_norm(bench: Bench, out: Path, shards: str) -> dict:
+    """Runs of a model whose encoder normalises by its batch; in the first two steps one rank has no picture. Then one by a recipe: the
+    running statistics of both ranks after it."""
+    settings = {"image_size": 64, "output_stride": 16, "stem_width": 8, "channels": [8, 16, 16, 32]}
+    bench.model, bench.processor = assemble("tiny", vision_encoder="timm:resnet10t", vision_settings=settings, seed=0)
+    bench.samples = make_samples(bench.processor)
+    found = {}
+    for micro_batches, stages in ((1, (0, 1, 2, 3)), (2, (0, 2))):
+        plain, weights = bench.plain_loop(ALL, micro_batches)
+        found[f"plain{micro_batches}"] = plain
+        for stage in stages:
+            found[f"zero{stage}_micro{micro_batches}"] = bench.run(ALL, expected=weights, zero_stage=stage, micro_batches=micro_batches)
+    if bench.rank == 0:
+        save_model(bench.model, bench.processor, out / "model")
+    torch.distributed.barrier()
+    seen, real_step = [], training_loop.train_step
+
+    def watched(engine, *arguments, **keywords):
+        done = real_step(engine, *arguments, **keywords)
+        seen[:] = [buffer.double().sum().item() for buffer in engine.module.vision_encoder.buffers()]
+        return done
+
+    training_loop.train_step = watched
+    try:
+        train(run_recipe(out / "trained", shards, str(out / "model"), zero_stage=1, steps=2, save_every_steps=None))
+    finally:
+        training_loop.train_step = real_step
+    of_ranks = [None, None]
+    torch.distributed.all_gather_object(of_ranks, seen)
+    return found | {"running": of_ranks}
 
 
 def read_log(out: Path) -> list[dict]:
@@ -279,6 +318,7 @@ def main(shards: str, model_folder: str, out: str, killed: str) -> None:
     for stage in (0, 2):
         recipe = run_recipe(Path(out, f"bad_gradient{stage}"), shards, model_folder, zero_stage=stage, **off)
         results[f"bad_gradient{stage}"] = bad_step(bench, recipe, gradient=True)
+    results["batch_norm"] = with_batch_norm(bench, Path(out, "batch_norm"), shards)
     if bench.rank == 0:
         Path(out, "results.json").write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from train_vlm.batching import MicroBatchPositions
-from train_vlm.dealing import deal, deal_in_order, fitting_micro_batches, imbalance, predict
+from train_vlm.dealing import deal, deal_in_order, deal_step, fitting_micro_batches, imbalance, predict
 from train_vlm.flops import FlopCosts
 from train_vlm.preparing import sample_costs
 from train_vlm.reading import SampleStream
@@ -116,3 +116,20 @@ def test_a_source_s_tile_limit_is_in_the_estimate(tiny_processor, tmp_path, limi
     stream = SampleStream((Source(str(shards), max_tiles=limit),), tiny_processor, seed=0, max_tokens=longest + 1)
     assert max(stream.expected(position)["tiles"] for position in range(10)) == tiles
     assert max(len(stream[position].get("pixels", ())) for position in range(10)) == tiles
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_micro_batch_has_the_same_samples_on_any_number_of_ranks_when_it_is_to(ranks):
+    """BatchNorm normalises by a micro-batch of all ranks. Dealt all at once, costs decide what it has: other samples on other ranks."""
+    costs = lengths(24, seed=7)
+
+    def micro_batches(**how) -> list[list[int]]:
+        hands = deal_step(list(range(24)), 3, ranks, costs.__getitem__, **how)
+        assert sorted(sum(hands, [])) == list(range(24)) and len(hands) == 3 * ranks
+        return [sorted(sum(hands[start : start + ranks], [])) for start in range(0, len(hands), ranks)]
+
+    assert micro_batches(rank_blind=True) == [list(range(8)), list(range(8, 16)), list(range(16, 24))]
+    assert micro_batches() != micro_batches(rank_blind=True)
+    of_last = iter(MicroBatchPositions(24, 3, ranks - 1, ranks, cost=costs.__getitem__, rank_blind=True))
+    expected = deal_step(list(range(24)), 3, ranks, costs.__getitem__, rank_blind=True)
+    assert [next(of_last) for _ in range(3)] == expected[ranks - 1 :: ranks]

@@ -1,0 +1,60 @@
+"""BatchNorm over the tiles of two ranks equals BatchNorm over all of them in one process; see statistics_on_ranks.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vision_encoders.shared_statistics import share_statistics, trained_batch_norms
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("statistics_on_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    out = tmp_path_factory.mktemp("statistics") / "found.json"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(out)],
+        env=own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    "layer", ["plain", "without affine", "without running statistics", "cumulative", "with an activation", "frozen affine"]
+)
+@pytest.mark.parametrize("layout", ["", ", channels last"])
+def test_two_ranks_compute_what_one_process_does(on_ranks, layer, layout):
+    """Output, gradients, running statistics of three passes in float64, two tiles on one rank and five on the other; by its own tiles
+    alone a rank would be off by more than 0.1."""
+    assert all(found[layer + layout] < 1e-12 for found in on_ranks)
+
+
+def test_a_whole_encoder_and_other_shapes_and_dtypes(on_ranks):
+    assert all(found["rows"] < 1e-12 and found["encoder"] < 1e-9 and found["float32"] < 1e-5 for found in on_ranks)
+    assert all(found["bfloat16"] == ["torch.bfloat16", "torch.bfloat16", True] and found["eval"] for found in on_ranks)
+
+
+def test_a_blank_tile_counts_in_no_rank_s_statistics(on_ranks):
+    """A rank without an image encodes a black tile: the others' numbers must be those without it, and its own layers move as theirs do."""
+    first, second = (found["blank"] for found in on_ranks)
+    assert first["output"] < 1e-12 and first["gradient"] < 1e-12 and second["finite"] and second["gradient"] == 0.0
+    assert first["running"] < 1e-12 and second["running"] < 1e-12
+    assert first["blank everywhere"] and second["blank everywhere"]
+
+
+def test_layers_that_do_not_train_are_left_alone():
+    encoder = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.LayerNorm(4), nn.SyncBatchNorm(3), nn.BatchNorm2d(3))
+    assert [name for name, _ in trained_batch_norms(encoder)] == ["3"]
+    assert share_statistics(encoder) == 1 and "forward" in vars(encoder[3]) and "forward" not in vars(encoder[0])
+    x = torch.randn(2, 3, 4, 4)
+    encoder[3].eval()
+    assert torch.equal(encoder[3](x), nn.BatchNorm2d(3).eval()(x))  # no collective: there is no process group here
