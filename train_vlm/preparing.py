@@ -143,11 +143,11 @@ def prepare(recipe: Recipe) -> Prepared | None:
         return None
     apply_parts(model, recipe.parts)
     model.activation_checkpointing = recipe.run.activation_checkpointing
-    if recipe.run.encoder_activation_checkpointing:
-        checkpoint_encoder(model.vision_encoder)
     model.training = True
     reached = put_on_adapters(model, recipe.lora) if recipe.lora else None
     groups, costs = parameter_groups(model, recipe.parts, recipe.optimizer), count_costs(model)
+    if recipe.run.encoder_activation_checkpointing:  # costs come first: counted on shapes, without what is made again
+        checkpoint_encoder(model.vision_encoder)
     parts = parts_table(model, recipe.parts, groups) + (f"\n{reached}" if reached else "")
     fp8 = start_fp8(model, recipe.fp8)
     parts += f"\n{fp8.report.summary()}" if fp8 else ""

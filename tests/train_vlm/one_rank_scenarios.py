@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cut_short import train_until
+from safetensors.torch import load_file
 
 import train_vlm.preparing as preparing
 import train_vlm.trainer as training_loop
@@ -33,6 +34,27 @@ def with_dropout(base: Recipe, out: Path) -> dict:
     train(plain)
     weights = {Path(recipe.out).name: (Path(recipe.out) / "model.safetensors").read_bytes() for recipe in (whole, cut, told, plain)}
     return {name: content == weights["whole"] for name, content in weights.items()}
+
+
+def computed_again(recipe: Recipe) -> dict:
+    """A run that computes the blocks of encoder and decoder again in the backward pass, beside one that keeps everything: the largest
+    difference of a weight, and whether the operations of a step are counted alike."""
+    weights, operations, real = [], [], preparing.count_costs
+
+    def counted(model):
+        operations.append(real(model))
+        return operations[-1]
+
+    preparing.count_costs = counted
+    try:
+        for name, again in (("kept", False), ("again", True)):
+            run = replace(recipe.run, activation_checkpointing=again, encoder_activation_checkpointing=again)
+            train(replace(recipe, out=f"{recipe.out}/{name}", run=run))
+            weights.append(load_file(f"{recipe.out}/{name}/model.safetensors"))
+    finally:
+        preparing.count_costs = real
+    differences = [(weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]]
+    return {"difference": max(differences), "operations_equal": operations[0] == operations[1]}
 
 
 def locked(recipe: Recipe) -> dict:
@@ -94,6 +116,7 @@ def main(shards: str, model: str, out: str) -> None:
         data=Data(sources=(Source(shards),), batch_samples=4, workers=0, max_skipped_percent=50),
     )  # fmt: skip
     results = {"dropout": with_dropout(base, Path(out, "dropout"))}
+    results["computed_again"] = computed_again(replace(base, out=f"{out}/computed"))
     results["lock"] = locked(replace(base, out=f"{out}/locked"))
     results["told"] = told_before_the_marker(replace(base, out=f"{out}/told"))
     results["long"] = longer_than_fitted(replace(base, out=f"{out}/long"))

@@ -56,6 +56,12 @@ def test_measuring_the_peak_changes_no_step(seen):
     assert seen[0]["dropout"]["told"]
 
 
+def test_blocks_computed_again_make_the_same_run(seen):
+    """With run.encoder_activation_checkpointing no run started: operations were counted on blocks that had been wrapped already."""
+    found = seen[0]["computed_again"]
+    assert found["difference"] < 1e-6 and found["operations_equal"]
+
+
 def test_a_run_has_its_folder_to_itself_and_clears_away_what_dead_ones_left(seen):
     assert seen[0]["lock"] == {"within": True, "after": False, "left": False}
 
