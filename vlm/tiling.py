@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 __all__ = ["Grid", "candidate_grids", "choose_grid", "open_image", "tile_image", "to_rgb"]
 
@@ -109,13 +109,17 @@ def open_image(source) -> Image.Image:
         raise FileNotFoundError(f"no image at {name}; check the path and the image folder")
     try:
         with Image.open(source) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{name} has {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are read; scale it down")
-            image.load()
-            return to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            size = (image.width, image.height)
+            if size[0] * size[1] <= MAX_IMAGE_PIXELS:
+                image.load()
+                return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Not only OSError: of damaged bytes Pillow's readers let through whatever they stumble over, such as struct.error of EXIF.
         why = str(error).replace(repr(source), "its bytes")  # without an address in memory: the same fault, the same words
         raise ValueError(f"{name} is not a readable image ({why}); expected a complete PNG, JPEG, WebP, ... file") from error
+    raise ValueError(f"{name} has {size[0]} x {size[1]} pixels; at most {MAX_IMAGE_PIXELS} are read; scale it down")
 
 
 def tile_image(

@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -217,6 +218,18 @@ def test_damaged_bytes_raise_nothing_but_value_errors():
             except ValueError:
                 refused += 1
     assert refused > 60
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(("tag", "kind"), [(0x0100, 2), (0x011A, 7), (0x9000, 11)], ids=["width", "resolution", "version"])
+def test_exif_that_pillow_cannot_write_again_is_a_broken_image(tag, kind):
+    """Turning such a picture upright raises struct.error or TypeError: one of them ended a run of eight ranks, or a whole conversion."""
+    entries = [struct.pack("<HHI4s", 0x0112, 3, 1, b"\x06"), struct.pack("<HHI4s", tag, kind, 4 if kind < 11 else 1, b"abc")]
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    content = io.BytesIO()
+    noise(20, 14).save(content, "JPEG", exif=exif)
+    with pytest.raises(ValueError, match="an image in memory is not a readable image"):
+        open_image(io.BytesIO(content.getvalue()))
 
 
 def test_a_missing_file_is_named():
