@@ -29,7 +29,7 @@ def _picture(part: dict) -> str | bytes:
     if source.startswith("data:"):
         _, comma, content = source.partition(",")
         try:
-            return base64.b64decode(content, validate=True)
+            return base64.b64decode("".join(content.split()), validate=True)  # in lines of 76, as MIME has it, too
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"image {source[:40]!r} is no base64 ({error})") from error
     return source.removeprefix("file://")

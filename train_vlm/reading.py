@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from train_vlm.conversations import has_answer
 from train_vlm.json_files import json_lines
 from train_vlm.plain_text import prepare_text
 from train_vlm.recipe import Source
@@ -145,6 +146,13 @@ class SampleStream(torch.utils.data.Dataset):
         self.settings = sources
         self.sources = [ShardedSource(source.shards, source.at_most_tiles) for source in sources]
         self.processor, self.seed, self.max_tokens = processor, seed, max_tokens
+        most = processor.image_processor.max_tiles
+        for source in sources:
+            if source.max_tiles is not None and source.max_tiles > most:
+                raise ValueError(
+                    f"data.sources: max_tiles of {source.shards} is {source.max_tiles}; the model cuts an image into at most {most} tiles "
+                    "(max_tiles of its preprocessor_config.json), and so the indexes count; give at most that, or null"
+                )
         self.cycle = blend_cycle([source.weight for source in sources])
         unread = [source.shards for number, source in enumerate(sources) if number not in self.cycle]
         if unread:
@@ -219,7 +227,7 @@ class SampleStream(torch.utils.data.Dataset):
             words = str(error)
             reason = "image missing" if words.startswith("image missing") else "too long" if " fit; " in words else "broken"
             return {"source": source, "id": name, "skipped": reason, "detail": str(error)}
-        if not any(label >= 0 for label in sample.rendered.labels):
+        if not any(label >= 0 for label in sample.rendered.labels) or not (isinstance(messages, str) or has_answer(messages)):
             return {"source": source, "id": name, "skipped": "nothing supervised", "detail": "no assistant text"}
         return {
             "source": source,

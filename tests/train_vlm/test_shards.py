@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from train_vlm import shard_writing
-from train_vlm.reading import ShardedSource
+from train_vlm.reading import SampleStream, ShardedSource
+from train_vlm.recipe import Source
 from train_vlm.shards import convert, main
 
 
@@ -46,6 +47,17 @@ BAD = {
     "malformed": {"id": "x", "conversations": "hello"},
     "nothing supervised": {"id": "n", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]},
 }
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_answer_without_words_teaches_nothing(tmp_path, images, tiny_processor, monkeypatch, answer):
+    """The end of its turn is a token to learn: a set with blank answers taught the model to say nothing, and no count showed it."""
+    blank = {"id": "blank", "image": "0.png", "conversations": turns("<image>\nWhat colour?", answer)}
+    assert convert([GOOD[0], blank], images, tiny_processor, tmp_path / "out")["skipped"] == {"nothing supervised": 1}
+    monkeypatch.setattr(shard_writing, "has_answer", lambda messages: True)  # shards that were written before
+    convert([blank], images, tiny_processor, tmp_path / "old")
+    stream = SampleStream((Source(str(tmp_path / "old")),), tiny_processor, seed=0, max_tokens=1000)
+    assert stream[0]["skipped"] == "nothing supervised"
 
 
 def test_samples_come_back_as_they_went_in(tmp_path, images, tiny_processor):
