@@ -25,7 +25,7 @@ from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups, pa
 from train_vlm.kept_precision import widen_kept
 from train_vlm.ledger import Ledger
 from train_vlm.ranks import on_first_rank
-from train_vlm.reading import SampleStream
+from train_vlm.reading import SampleStream, worker_settings
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import Standing, Start, look_for_start
 from train_vlm.run_identity import describe_run
@@ -75,7 +75,7 @@ class Prepared:
         return iter(DataLoader(
             self.stream,
             batch_sampler=places,
-            num_workers=data.workers,
+            **worker_settings(data.workers),
             collate_fn=lambda samples: pack(samples, filler, tile_size),
             prefetch_factor=4 if data.workers else None,
             generator=torch.Generator().manual_seed(self.recipe.run.seed),  # or opening it draws a number that steps would get

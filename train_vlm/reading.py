@@ -18,10 +18,16 @@ from train_vlm.recipe import Source
 from vlm.processing import VLMProcessor
 from vlm.tiling import open_image
 
-__all__ = ["SampleStream", "ShardedSource", "blend_cycle"]
+__all__ = ["SampleStream", "ShardedSource", "blend_cycle", "worker_settings"]
 
 CYCLE = 1000
 OPEN_SHARDS = 64
+
+
+def worker_settings(workers: int) -> dict:
+    """What a DataLoader is told of its worker processes. They are forked: what they read with cannot be pickled, which other ways of
+    starting a process, Python's default from 3.14 on, would do; they touch no GPU."""
+    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
 
 
 def _image_members(entry: dict) -> list[str]:

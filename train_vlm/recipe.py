@@ -40,7 +40,7 @@ class Recipe:
     def __post_init__(self):
         if self.optimizer.kind == "muon" and (self.run.zero_stage, self.run.precision) != (0, "float32"):
             raise RecipeError("optimizer.kind muon needs whole float32 matrices: set run.zero_stage to 0 and run.precision to float32")
-        if Path(self.out).name in ("", "..") or glob.has_magic(self.out):
+        if self.out and (Path(self.out).name in ("", "..") or glob.has_magic(self.out)):  # "": of a loop that writes nothing
             # DeepSpeed finds a checkpoint by a pattern that the folder's name is part of: one with brackets would be written, never read.
             raise RecipeError(f"out is {self.out!r}; expected the name of a folder to make, without any of * ? [")
         if self.stage not in ("align", "sft"):
