@@ -96,7 +96,7 @@ class RunLog:
         self.file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.started, 2), **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
-            if not isinstance(value, str):
+            if value is not None and not isinstance(value, str):
                 self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)

@@ -4,6 +4,8 @@ test_going_on.py, writes what it saw as JSON.
 python one_rank_scenarios.py SHARDS MODEL OUT
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -110,6 +112,24 @@ def longer_than_fitted(recipe: Recipe) -> dict:
     }
 
 
+def nothing_to_learn(recipe: Recipe) -> dict:
+    """A run none of whose samples fits, held out what it trains on; and one whose plain text is not there: what it says, and whether it
+    got as far as an engine."""
+    data, said = replace(recipe.data, heldout=recipe.data.sources, max_tokens=12, max_skipped_percent=100), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train(replace(recipe, data=data))
+    summary = json.loads(Path(f"{recipe.out}.log/summary.json").read_text())
+    real, engines, error = preparing.start_engine, [], ""
+    preparing.start_engine = lambda *arguments: engines.append(1) or real(*arguments)
+    try:
+        train(replace(recipe, out=f"{recipe.out}_text", data=replace(recipe.data, heldout_text="nowhere.txt")))
+    except FileNotFoundError as found:
+        error = str(found)
+    finally:
+        preparing.start_engine = real
+    return {"said": said.getvalue(), "loss": summary["loss"], "steps": summary["steps"], "error": error, "engines": len(engines)}
+
+
 def main(shards: str, model: str, out: str) -> None:
     warnings.filterwarnings("ignore")
     base = Recipe(
@@ -121,6 +141,7 @@ def main(shards: str, model: str, out: str) -> None:
     results["lock"] = locked(replace(base, out=f"{out}/locked"))
     torch.multiprocessing.set_start_method("forkserver", force=True)  # Python's default from 3.14 on: its readers must start all the same
     results["told"] = told_before_the_marker(replace(base, out=f"{out}/told", data=replace(base.data, workers=1)))
+    results["nothing"] = nothing_to_learn(replace(base, out=f"{out}/nothing"))
     results["long"] = longer_than_fitted(replace(base, out=f"{out}/long"))
     Path(out, "results.json").write_text(json.dumps(results))
 
