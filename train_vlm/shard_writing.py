@@ -81,9 +81,12 @@ def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Pat
     ones are left out and counted by reason.
 
     Returns {"samples", "shards", "skipped": {reason: count}, "examples": {reason: first sample}, "tokens", "tiles", "seconds"}. Raises
-    ValueError when no sample is usable.
+    ValueError when no sample is usable, ImportError without webdataset.
     """
-    import webdataset
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError(f"writing shards needs webdataset ({error}): pip install 'nemotron-h-vision[train]'") from error
 
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import sys
 import tarfile
 
 import numpy as np
@@ -58,6 +59,14 @@ def test_an_answer_without_words_teaches_nothing(tmp_path, images, tiny_processo
     convert([blank], images, tiny_processor, tmp_path / "old")
     stream = SampleStream((Source(str(tmp_path / "old")),), tiny_processor, seed=0, max_tokens=1000)
     assert stream[0]["skipped"] == "nothing supervised"
+
+
+def test_missing_webdataset_is_told_with_the_command(tmp_path, tiny_folder, monkeypatch, capsys):
+    (tmp_path / "words.txt").write_text("a red ball")
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    assert main(["convert", "--text", str(tmp_path / "words.txt"), "--model", str(tiny_folder), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("shards: writing shards needs webdataset") and "pip install 'nemotron-h-vision[train]'" in error
 
 
 def test_samples_come_back_as_they_went_in(tmp_path, images, tiny_processor):
