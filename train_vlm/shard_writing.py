@@ -55,7 +55,7 @@ def _is_file(path: Path) -> bool:
 
 def _read(sample: dict, images: Path) -> tuple[dict, list[io.BytesIO]]:
     """What stands in a sample's JSON beside its id, and its pictures' bytes, each under the name of its file."""
-    if isinstance(sample, dict) and "text" in sample and "conversations" not in sample:
+    if isinstance(sample, dict) and sample.keys() == {"id", "text"}:  # of plain_text.py; other layouts may have a text beside their turns
         return {"text": sample["text"]}, []
     is_messages = isinstance(sample, dict) and "messages" in sample
     messages, sources = from_messages(sample) if is_messages else from_llava(sample)

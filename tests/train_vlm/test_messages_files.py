@@ -68,6 +68,22 @@ def test_what_is_no_sample_says_why(content, message):
         from_messages(content)
 
 
+def test_image_parts_without_a_source_are_those_of_the_list():
+    """As TRL and the hub's data sets have it: {"type": "image"} in the turn, paths in "images"."""
+    bare = {"type": "image"}
+    messages, images = from_messages(sample(bare, TEXT, bare, images=["a.png", "b.png"]))
+    assert [part["type"] for part in messages[0]["content"]] == ["image", "text", "image"] and images == ["a.png", "b.png"]
+    with pytest.raises(ValueError, match="2 images but 1 <image> marks"):
+        from_messages(sample(bare, TEXT, images=["a.png", "b.png"]))
+    with pytest.raises(ValueError, match="expected a path or a data: address"):
+        from_messages(sample(bare, bare, images=["a.png"]))
+
+
+@pytest.mark.parametrize("key", ["image", "url", "path"])
+def test_a_picture_stands_under_the_keys_that_the_model_reads(key):
+    assert from_messages(sample({"type": "image", key: "a.png"}, TEXT))[1] == ["a.png"]
+
+
 def test_an_embedded_picture_may_stand_in_lines():
     """MIME breaks base64 every 76 characters, and other programs keep the breaks."""
     address = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.encodebytes(png()).decode()}}

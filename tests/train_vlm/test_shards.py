@@ -61,6 +61,15 @@ def test_an_answer_without_words_teaches_nothing(tmp_path, images, tiny_processo
     assert stream[0]["skipped"] == "nothing supervised"
 
 
+def test_a_text_beside_the_turns_is_not_the_sample(tmp_path, images, tiny_processor):
+    """Data sets often have the whole conversation once more as "text": it was trained on as plain text, without the picture."""
+    messages = [{"role": "user", "content": [{"type": "image", "image": "0.png"}]}, {"role": "assistant", "content": "red"}]
+    convert([{"id": "a", "messages": messages, "text": "user: assistant: red"}], images, tiny_processor, tmp_path / "out")
+    source = ShardedSource(tmp_path / "out")
+    (_, read), _ = source.read(0), source.close()
+    assert [message["role"] for message in read] == ["user", "assistant"]
+
+
 def test_missing_webdataset_is_told_with_the_command(tmp_path, tiny_folder, monkeypatch, capsys):
     (tmp_path / "words.txt").write_text("a red ball")
     monkeypatch.setitem(sys.modules, "webdataset", None)
