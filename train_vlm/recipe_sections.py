@@ -139,8 +139,8 @@ class Lora:
 @dataclass(frozen=True)
 class Optimizer:
     """kind: adamw, or muon (matrices by Muon, the rest by AdamW; needs ZeRO stage 0 and float32; `muon_rate` is the peak rate of a matrix
-    relative to its part's). The calendar: warmup: share of all steps with a rising rate; final: last rate as a share of the peak (cosine);
-    weight_decay: matrices only; clip: largest gradient norm."""
+    relative to its part's). The calendar: warmup: share of all steps with a rising rate; final: where the cosine ends, as a share of the
+    peak (the last step is one step before it); weight_decay: matrices only; clip: largest gradient norm."""
 
     kind: str = "adamw"
     muon_rate: float = 2.5
