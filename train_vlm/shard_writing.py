@@ -124,7 +124,9 @@ def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Pat
         key = f"{number:09d}"
         members = {"__key__": key, "json": json.dumps({"id": str(sample.get("id", number))} | content).encode()}
         for place, picture in enumerate(pictures):
-            members[f"{place}{Path(picture.name).suffix.lower() or '.img'}"] = picture.getvalue()
+            suffix = Path(picture.name).suffix.lower()
+            suffix = suffix if suffix not in ("", ".gz") else ".img"  # webdataset would compress what it takes for .gz
+            members[f"{place}{suffix}"] = picture.getvalue()
         writer.write(members)
         digest = hashlib.sha256(members["json"] + b"".join(picture.getvalue() for picture in pictures)).hexdigest()
         facts[key] = {"tiles": tiles, "tokens": tokens, "supervised_tokens": supervised, "sha256": digest}

@@ -70,6 +70,17 @@ def test_a_text_beside_the_turns_is_not_the_sample(tmp_path, images, tiny_proces
     assert [message["role"] for message in read] == ["user", "assistant"]
 
 
+@pytest.mark.parametrize("name", ["photo.gz", "photo", "photo.jpg?width=64"])
+def test_a_picture_s_bytes_are_kept_whatever_its_file_is_called(tmp_path, images, tiny_processor, name):
+    """By the name .gz webdataset compressed them: a good picture was a broken one in the shard."""
+    content = (images / "0.png").read_bytes()
+    (images / name).write_bytes(content)
+    convert([{"id": "a", "image": name, "conversations": turns("<image>")}], images, tiny_processor, tmp_path / "out")
+    source = ShardedSource(tmp_path / "out")
+    (_, read), _ = source.content(0), source.close()
+    assert read == [content]
+
+
 def test_missing_webdataset_is_told_with_the_command(tmp_path, tiny_folder, monkeypatch, capsys):
     (tmp_path / "words.txt").write_text("a red ball")
     monkeypatch.setitem(sys.modules, "webdataset", None)
