@@ -16,7 +16,9 @@ import json
 import os
 import random
 import shutil
+import traceback
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,25 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def _told_when_not_written(folder: Path, step: int) -> Iterator[None]:
+    """An OSError that says what to do, for a disk that is full above all: torch raises a RuntimeError, "unexpected pos 649856 vs 649744" or
+    "iostream error", known by where it comes from."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and traceback.extract_tb(error.__traceback__)[-1].filename != torch.serialization.__file__:
+            raise
+        try:
+            free = f"{shutil.disk_usage(folder).free / 2**30:,.2f} GiB are free there"
+        except OSError:
+            free = "it cannot be asked how much is free there"
+        raise OSError(
+            f"the checkpoint of step {step} cannot be written to {folder} ({free}; {' '.join(str(error).split())}); make room, then "
+            "give the same command again: the run goes on from the checkpoint before"
+        ) from error
+
+
 def save_checkpoint(engine, folder: Path, step: int, standing: dict, *, keep: int) -> Path:
     """Write the checkpoint of a step; every rank calls it. `standing`: JSON that `newest_checkpoint` gives back (rank 0's counts).
 
@@ -87,8 +108,9 @@ def save_checkpoint(engine, folder: Path, step: int, standing: dict, *, keep: in
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
-    torch.save({"random": random_states(), "buffers": _own_buffers(engine.module)}, partial / f"rank-{rank}.pt")
+    with _told_when_not_written(folder, step):
+        engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+        torch.save({"random": random_states(), "buffers": _own_buffers(engine.module)}, partial / f"rank-{rank}.pt")
     torch.distributed.barrier()
     # Files are shared out for flushing and checksums: at 100 GB one rank alone would take minutes.
     files = sorted(path for path in partial.rglob("*") if path.is_file())

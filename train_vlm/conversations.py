@@ -4,7 +4,7 @@ from pathlib import Path
 
 from train_vlm.json_files import read_json
 
-__all__ = ["from_llava", "read_llava", "split_marks"]
+__all__ = ["from_llava", "has_answer", "read_llava", "split_marks"]
 
 MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -25,6 +25,12 @@ def split_marks(text: str, left: int) -> tuple[list[dict], int]:
     if text or not parts:
         parts.append({"type": "text", "text": text})
     return parts, left
+
+
+def has_answer(messages: list[dict]) -> bool:
+    """Whether an assistant says anything. A blank answer has a token to learn, the end of its turn: to say nothing."""
+    said = [part["text"] for message in messages if message["role"] == "assistant" for part in message["content"]]
+    return any(text.strip() for text in said)
 
 
 def from_llava(sample: dict) -> tuple[list[dict], list[str]]:

@@ -41,7 +41,10 @@ def tied(command: tuple[str, ...]) -> tuple[str, ...]:
 
 def _launchers() -> list:
     """What started this rank, as psutil's processes. Exits when the quickstart is gone already."""
-    import psutil
+    try:
+        import psutil
+    except ImportError:  # DeepSpeed brings it: without both there is a plan at most, or an error with the command that installs them
+        return []
 
     found = []
     if parent := os.environ.get(STARTED_BY):

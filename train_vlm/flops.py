@@ -9,6 +9,7 @@ diagonal are (T + 1) / 2 T of them) and the products of the recurrence against t
 the recurrence multiplies one by one (the decay of the state, dt and D: 1/5 of the scan and a little) is counted by hand.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,10 @@ from vlm.modeling import VisionLanguageModel
 
 __all__ = ["FlopCosts", "KNOWN_DEVICES", "count_costs", "known_peak", "measure_peak", "scan_flops"]
 
-# Dense peak of one device for bfloat16 products, and for float32 ones without TF32, in FLOP per second, by a piece of its name.
+# Dense peak of one device for bfloat16 products, and for float32 ones without TF32, in FLOP per second, by words of its name.
 KNOWN_DEVICES = {
-    "B200": (2.25e15, 7.5e13), "GB200": (2.5e15, 8.0e13), "H200": (9.89e14, 6.7e13), "H100": (9.89e14, 6.7e13),
-    "H100 PCIe": (7.56e14, 5.1e13),
+    "B200": (2.25e15, 7.5e13), "GB200": (2.5e15, 8.0e13), "H200": (9.89e14, 6.7e13), "GH200": (9.89e14, 6.7e13),
+    "H100": (9.89e14, 6.7e13), "H100 PCIe": (7.56e14, 5.1e13), "H100 NVL": (8.35e14, 6.0e13),
     "A100": (3.12e14, 1.95e13), "L40S": (3.62e14, 9.16e13), "L4": (1.21e14, 3.03e13), "A10": (1.25e14, 3.12e13),
     "RTX 4090": (1.65e14, 8.26e13),
 }  # fmt: skip
@@ -120,17 +121,24 @@ def count_costs(model: VisionLanguageModel) -> FlopCosts:
 
 
 def known_peak(device_name: str, precision: str) -> float | None:
-    """FLOP per second of a device by its name, or None. The longest known piece of the name counts."""
-    pieces = [piece for piece in KNOWN_DEVICES if piece in device_name]
+    """FLOP per second of a device by its name, or None. Whole words count, and the longest known ones: an L40 is no L4, an RTX A1000 no
+    A100. A slice of a card (MIG) and a card for laptops are not the card."""
+    if re.search(r"\b(MIG|Laptop)\b", device_name):
+        return None
+    pieces = [piece for piece in KNOWN_DEVICES if re.search(rf"(?<!\w){re.escape(piece)}(?!\w)", device_name)]
     if not pieces:
         return None
     return KNOWN_DEVICES[max(pieces, key=len)][0 if precision == "bfloat16" else 1]
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, repeats: int = 4) -> float:
-    """FLOP per second of a product of two square matrices, the best of a few: the ceiling of a device nobody listed."""
+def measure_peak(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 4) -> float:
+    """FLOP per second of a product of two square matrices of `size`, the best of a few: the ceiling of a device nobody listed.
+
+    On a GPU matrices are large (8192): a small product is over before its start has been paid for, and the MFU would be above 100 %.
+    """
     import time
 
+    size = size or (8192 if device.type == "cuda" else 1024)
     generator = torch.Generator(device).manual_seed(0)  # its own: whether a peak is measured must not change what steps draw
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best = float("inf")

@@ -16,8 +16,12 @@ from train_vlm.recipe import Optimizer, Part, Parts
 
 __all__ = ["apply_parts", "encoder_blocks", "make_optimizer", "parameter_groups", "part_modules", "parts_table", "rate_name"]
 
-# Norms, biases, single vectors and the SSM's own parameters are not decayed; neither are embeddings, whose rows are rarely seen.
-UNDECAYED = ("A_log", "dt_bias", ".D", "embeddings.weight", "position_embedding", "pos_embed", "cls_token")
+# Norms, biases, single vectors and the SSM's own parameters are not decayed; neither are embeddings, whose rows are rarely seen, nor what
+# vision towers know of places (tables of positions and of distances) and their extra tokens.
+UNDECAYED = (
+    "A_log", "dt_bias", ".D", "embeddings.weight", "position_embedding", "positional_embedding", "pos_embed", "rel_pos",
+    "relative_position", "attention_biases", "cls_token", "class_embedding", "reg_token", "register_token", "mask_token",
+)  # fmt: skip
 
 
 def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -88,7 +92,8 @@ def apply_parts(model: nn.Module, parts: Parts) -> None:
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim >= 2 and not any(name.endswith(ending) or ending in name for ending in UNDECAYED)
+    is_matrix = sum(size > 1 for size in parameter.shape) >= 2
+    return is_matrix and not any(piece in name for piece in UNDECAYED)
 
 
 def parameter_groups(model: nn.Module, parts: Parts, optimizer: Optimizer) -> list[dict]:
@@ -100,8 +105,9 @@ def parameter_groups(model: nn.Module, parts: Parts, optimizer: Optimizer) -> li
         chosen: dict[tuple, list[nn.Parameter]] = {}
         for name, parameter in modules[part]:
             if parameter.requires_grad:
-                is_muon = optimizer.kind == "muon" and is_muon_matrix(name, parameter)
-                kind = ("muon" if is_muon else "adamw", is_muon or _is_decayed(f".{name}", parameter), parameter.dtype)
+                is_decayed = _is_decayed(f".{name}", parameter)  # what is not is no map between spaces either
+                is_muon = optimizer.kind == "muon" and is_decayed and is_muon_matrix(name, parameter)
+                kind = ("muon" if is_muon else "adamw", is_decayed, parameter.dtype)
                 chosen.setdefault(kind, []).append(parameter)
         for (kind, is_decayed, _), parameters in chosen.items():
             peak = settings.rate * (optimizer.muon_rate if kind == "muon" else 1.0)

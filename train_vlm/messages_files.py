@@ -2,7 +2,8 @@
 
 Content is text, or parts: {"type": "text", "text"}, {"type": "image", "image": PATH}, {"type": "image_url", "image_url": {"url": ...}}.
 A path is below the folder of images; `data:` addresses carry the picture themselves; nothing is downloaded. With a list "images" beside the
-messages (as other trainers have it), `<image>` in a user's text stands for the next of them; without that list it is text.
+messages (as other trainers have it), `<image>` in a user's text stands for the next of them, and so does a part {"type": "image"} alone;
+without that list `<image>` is text.
 """
 
 import base64
@@ -16,11 +17,12 @@ from train_vlm.json_files import json_lines
 __all__ = ["from_messages", "read_messages"]
 
 ROLES = ("system", "user", "assistant")
+SOURCES = ("image", "image_url", "url", "path")  # keys of an image part under which the picture stands (vlm/rendering.py reads the same)
 
 
 def _picture(part: dict) -> str | bytes:
     """The path, or the bytes, of an image part. Raises ValueError for an address on the net and for what is neither."""
-    source = part.get("image") if part["type"] == "image" else part.get("image_url")
+    source = next((part[key] for key in SOURCES if part.get(key) is not None), None)
     source = source.get("url") if isinstance(source, dict) else source
     if not isinstance(source, str) or not source:
         raise ValueError(f"image part {str(part)[:60]!r}; expected a path or a data: address")
@@ -29,7 +31,7 @@ def _picture(part: dict) -> str | bytes:
     if source.startswith("data:"):
         _, comma, content = source.partition(",")
         try:
-            return base64.b64decode(content, validate=True)
+            return base64.b64decode("".join(content.split()), validate=True)  # in lines of 76, as MIME has it, too
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"image {source[:40]!r} is no base64 ({error})") from error
     return source.removeprefix("file://")
@@ -47,7 +49,10 @@ def _parts(role: str, content, images: list[str | bytes], left: int) -> tuple[li
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         elif kind in ("image", "image_url") and role == "user":
-            images.append(_picture(part))
+            if left and all(part.get(key) is None for key in SOURCES):
+                left -= 1
+            else:
+                images.append(_picture(part))
             parts.append({"type": "image"})
         else:
             raise ValueError(f"part {str(part)[:60]!r} of a message by {role!r}; expected text, or an image by the user")

@@ -132,7 +132,8 @@ def caption_samples(path: str | Path) -> list[dict]:
         raise ValueError(f"{path} holds no captions; expected at least one")
     counts, samples = Counter(), []
     for image, caption in pairs:
-        turns = [{"from": "human", "value": f"<image>\n{CAPTION_PROMPT}"}, {"from": "gpt", "value": str(caption).strip()}]
+        words = "" if caption is None else str(caption).strip()  # without any the writer counts it: nothing supervised
+        turns = [{"from": "human", "value": f"<image>\n{CAPTION_PROMPT}"}, {"from": "gpt", "value": words}]
         samples.append({"id": f"{Path(image).stem}/{counts[image]}", "image": image, "conversations": turns})
         counts[image] += 1
     return samples

@@ -85,6 +85,8 @@ def step_work(recipe: Recipe, model: VisionLanguageModel, costs: FlopCosts) -> S
         stream = SampleStream(recipe.data.sources, processor, seed=recipe.run.seed, max_tokens=recipe.data.max_tokens)
         found = [stream.expected(position) for position in range(LOOKED_AT)]
         tiles, tokens, supervised = (sum(entry[key] for entry in found) / LOOKED_AT for key in ("tiles", "tokens", "supervised_tokens"))
+        if not tokens:
+            raise RecipeError(f"none of the first {LOOKED_AT} samples fits data.max_tokens ({recipe.data.max_tokens}); raise it")
         flops, source = costs.step(found) / LOOKED_AT * batch, f"the first {LOOKED_AT} samples of the shards"
         return StepWork(batch, tiles, tokens, supervised, flops, source, sum(map(len, stream.sources)))
     plan, a_tile = recipe.plan or Plan(), model.config.visual_tokens_per_tile + 1

@@ -24,8 +24,9 @@ from train_vlm.fp8_guard import Fp8Guard, start_fp8
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups, parts_table, rate_name
 from train_vlm.kept_precision import widen_kept
 from train_vlm.ledger import Ledger
+from train_vlm.perplexity import text_windows
 from train_vlm.ranks import on_first_rank
-from train_vlm.reading import SampleStream
+from train_vlm.reading import SampleStream, worker_settings
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import Standing, Start, look_for_start
 from train_vlm.run_identity import describe_run
@@ -45,7 +46,7 @@ class Prepared:
     group; heldout: the stream of held-out samples; described: what makes this run this run; standing and ledger: where it goes on;
     recipe: with the micro-batches that its packs need; batch_norms: how many layers of the encoder normalise by their batch; dealt: how
     even the ranks' work will be; watch: adapters waiting for a gradient; fp8: the guard of the decoder's FP8 layers; random_states: those
-    of the checkpoint, to be set right before the first step."""
+    of the checkpoint, to be set right before the first step; text: windows of data.heldout_text."""
 
     recipe: Recipe
     engine: object
@@ -65,6 +66,7 @@ class Prepared:
     watch: AdapterWatch | None
     fp8: Fp8Guard | None
     random_states: dict | None
+    text: list[dict]
 
     def batches(self):
         """This rank's packs, from the step on at which the run stands."""
@@ -79,7 +81,7 @@ class Prepared:
         return iter(DataLoader(
             self.stream,
             batch_sampler=places,
-            num_workers=data.workers,
+            **worker_settings(data.workers),
             collate_fn=lambda samples: pack(samples, filler, tile_size),
             prefetch_factor=4 if data.workers else None,
             generator=torch.Generator().manual_seed(self.recipe.run.seed),  # or opening it draws a number that steps would get
@@ -123,6 +125,9 @@ def _plan(recipe: Recipe, stream: SampleStream, ranks: int) -> str:
         if source.left_out
     ]
     data, settings = recipe.data, recipe.run
+    trained = {Path(source.shards).resolve() for source in data.sources}
+    lines += [f"{source.shards} is held out and trained on: its held-out loss says nothing of new samples"
+              for source in data.heldout if Path(source.shards).resolve() in trained]  # fmt: skip
     lines.append(
         f"{sum(map(len, stream.sources)):,} samples in {len(stream.sources)} sources; {data.batch_samples} a step on {ranks} rank(s) in "
         f"{data.micro_batches} pack(s) each, ZeRO {settings.zero_stage}{f' ({settings.offload} offloaded)' if settings.offload else ''}, "
@@ -146,6 +151,7 @@ def prepare(recipe: Recipe) -> Prepared | None:
     reading = {"seed": recipe.run.seed, "max_tokens": recipe.data.max_tokens}
     stream = SampleStream(recipe.data.sources, processor, **reading)
     heldout = SampleStream(recipe.data.heldout, processor, **reading) if recipe.data.heldout else None
+    text = text_windows(recipe.data.heldout_text, processor, recipe.data.max_tokens) if recipe.data.heldout_text else []
     described = on_first_rank(lambda: describe_run(recipe))
     start = on_first_rank(lambda: look_for_start(recipe, described))
     if start.is_finished:
@@ -154,11 +160,11 @@ def prepare(recipe: Recipe) -> Prepared | None:
         return None
     apply_parts(model, recipe.parts)
     model.activation_checkpointing = recipe.run.activation_checkpointing
-    if recipe.run.encoder_activation_checkpointing:
-        checkpoint_encoder(model.vision_encoder)
     model.training = True
     reached = put_on_adapters(model, recipe.lora) if recipe.lora else None
     groups, costs = parameter_groups(model, recipe.parts, recipe.optimizer), count_costs(model)
+    if recipe.run.encoder_activation_checkpointing:  # costs come first: counted on shapes, without what is made again
+        checkpoint_encoder(model.vision_encoder)
     parts = parts_table(model, recipe.parts, groups) + (f"\n{reached}" if reached else "")
     fp8 = start_fp8(model, recipe.fp8)
     parts += f"\n{fp8.report.summary()}" if fp8 else ""
@@ -200,5 +206,5 @@ def prepare(recipe: Recipe) -> Prepared | None:
             shutil.rmtree(laid_out, ignore_errors=True)
     return Prepared(
         recipe, engine, optimizer, calendars, processor, stream, heldout, costs, described, start, standing, ledger, parts, batch_norms,
-        dealt, watch, fp8, states,
+        dealt, watch, fp8, states, text,
     )  # fmt: skip

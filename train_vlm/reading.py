@@ -11,16 +11,23 @@ from pathlib import Path
 
 import torch
 
+from train_vlm.conversations import has_answer
 from train_vlm.json_files import json_lines
 from train_vlm.plain_text import prepare_text
 from train_vlm.recipe import Source
 from vlm.processing import VLMProcessor
 from vlm.tiling import open_image
 
-__all__ = ["SampleStream", "ShardedSource", "blend_cycle"]
+__all__ = ["SampleStream", "ShardedSource", "blend_cycle", "worker_settings"]
 
 CYCLE = 1000
 OPEN_SHARDS = 64
+
+
+def worker_settings(workers: int) -> dict:
+    """What a DataLoader is told of its worker processes. They are forked: what they read with cannot be pickled, which other ways of
+    starting a process, Python's default from 3.14 on, would do; they touch no GPU."""
+    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
 
 
 def _image_members(entry: dict) -> list[str]:
@@ -145,6 +152,13 @@ class SampleStream(torch.utils.data.Dataset):
         self.settings = sources
         self.sources = [ShardedSource(source.shards, source.at_most_tiles) for source in sources]
         self.processor, self.seed, self.max_tokens = processor, seed, max_tokens
+        most = processor.image_processor.max_tiles
+        for source in sources:
+            if source.max_tiles is not None and source.max_tiles > most:
+                raise ValueError(
+                    f"data.sources: max_tiles of {source.shards} is {source.max_tiles}; the model cuts an image into at most {most} tiles "
+                    "(max_tiles of its preprocessor_config.json), and so the indexes count; give at most that, or null"
+                )
         self.cycle = blend_cycle([source.weight for source in sources])
         unread = [source.shards for number, source in enumerate(sources) if number not in self.cycle]
         if unread:
@@ -219,7 +233,7 @@ class SampleStream(torch.utils.data.Dataset):
             words = str(error)
             reason = "image missing" if words.startswith("image missing") else "too long" if " fit; " in words else "broken"
             return {"source": source, "id": name, "skipped": reason, "detail": str(error)}
-        if not any(label >= 0 for label in sample.rendered.labels):
+        if not any(label >= 0 for label in sample.rendered.labels) or not (isinstance(messages, str) or has_answer(messages)):
             return {"source": source, "id": name, "skipped": "nothing supervised", "detail": "no assistant text"}
         return {
             "source": source,

@@ -6,6 +6,7 @@ name, before any model is touched. The DeepSpeed dictionary is computed from the
 
 import dataclasses
 import difflib
+import glob
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,9 @@ class Recipe:
     def __post_init__(self):
         if self.optimizer.kind == "muon" and (self.run.zero_stage, self.run.precision) != (0, "float32"):
             raise RecipeError("optimizer.kind muon needs whole float32 matrices: set run.zero_stage to 0 and run.precision to float32")
+        if self.out and (Path(self.out).name in ("", "..") or glob.has_magic(self.out)):  # "": of a loop that writes nothing
+            # DeepSpeed finds a checkpoint by a pattern that the folder's name is part of: one with brackets would be written, never read.
+            raise RecipeError(f"out is {self.out!r}; expected the name of a folder to make, without any of * ? [")
         if self.stage not in ("align", "sft"):
             raise RecipeError(f"stage is {self.stage!r}; expected align or sft")
         if self.stage == "align" and ("language_model" in self.parts.trained or "projector" not in self.parts.trained):
@@ -137,27 +141,42 @@ def _checked(kind, value, path: str):
     raise RecipeError(f"{path} is {value!r}; expected {' or '.join(allowed)}")
 
 
+class _OneValueLoader(yaml.SafeLoader):
+    """yaml.safe_load takes the last of two equal keys and says nothing; here that is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in keys and key.tag != "tag:yaml.org,2002:merge":
+                raise RecipeError(f"the key {name} stands twice in a section, again on line {key.start_mark.line + 1}; keep one of them")
+            keys.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str):
+    return yaml.load(text, Loader=_OneValueLoader)  # noqa: S506 (a SafeLoader)
+
+
 def _override(values: dict, text: str) -> None:
     path, found, value = text.partition("=")
     if not found:
         raise RecipeError(f"{text!r} is no override; expected key=value, such as run.steps=100")
     *parents, last = path.split(".")
     place = values
-    for parent in parents:
-        if isinstance(place, list) and parent.isdigit() and int(parent) < len(place):
-            place = place[int(parent)]
-        elif isinstance(place, dict):
-            if place.get(parent) is None:  # absent, or null
-                place[parent] = {}
-            place = place[parent]
+    for depth, key in enumerate([*parents, last]):
+        if isinstance(place, list) and not (key.isdigit() and int(key) < len(place)):
+            raise RecipeError(f"unknown key {path}; {'.'.join(parents[:depth])} is a list of {len(place)}, counted from 0; give a number")
+        if not isinstance(place, list | dict):
+            whole = ".".join(parents[:depth])
+            raise RecipeError(f"unknown key {path}; {whole} is {place!r}, a single value; give all its keys: {whole}={{{key}: ..., ...}}")
+        key = int(key) if isinstance(place, list) else key
+        if depth == len(parents):
+            place[key] = _parsed(value)
         else:
-            raise RecipeError(f"unknown key {path}; {parent} is no section")
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
-        place[int(last)] = yaml.safe_load(value)
-    elif isinstance(place, dict):
-        place[last] = yaml.safe_load(value)
-    else:
-        raise RecipeError(f"unknown key {path}; {last} is no key of a list")
+            if isinstance(place, dict) and place.get(key) is None:  # absent, or null
+                place[key] = {}
+            place = place[key]
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -169,7 +188,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}; recipes that come with the toolkit are in train_vlm/recipes/")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _parsed(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

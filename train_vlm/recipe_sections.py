@@ -4,6 +4,7 @@ A wrong value dies here, with the key's name, before a model is touched. How the
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 __all__ = ["Data", "Lora", "Optimizer", "Part", "Parts", "RecipeError", "Run", "Source"]
@@ -24,8 +25,8 @@ class Source:
     at_most_tiles: int | None = None
 
     def __post_init__(self):
-        if not self.weight > 0:
-            raise RecipeError(f"data.sources.weight is {self.weight}; expected more than 0")
+        if not 0 < self.weight < math.inf:
+            raise RecipeError(f"data.sources.weight is {self.weight}; expected more than 0, and a finite number")
         if self.max_tiles is not None and self.max_tiles < 1:
             raise RecipeError(f"data.sources.max_tiles is {self.max_tiles}; expected at least 1, or null for the model's own limit")
 
@@ -138,8 +139,8 @@ class Lora:
 @dataclass(frozen=True)
 class Optimizer:
     """kind: adamw, or muon (matrices by Muon, the rest by AdamW; needs ZeRO stage 0 and float32; `muon_rate` is the peak rate of a matrix
-    relative to its part's). The calendar: warmup: share of all steps with a rising rate; final: last rate as a share of the peak (cosine);
-    weight_decay: matrices only; clip: largest gradient norm."""
+    relative to its part's). The calendar: warmup: share of all steps with a rising rate; final: where the cosine ends, as a share of the
+    peak (the last step is one step before it); weight_decay: matrices only; clip: largest gradient norm."""
 
     kind: str = "adamw"
     muon_rate: float = 2.5
@@ -205,6 +206,8 @@ class Run:
         for name in ("log_every", "heldout_every", "threads_per_rank", "save_every_steps", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RecipeError(f"run.{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError(f"run.seed is {self.seed}; expected 0 to 2**63 - 1")
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise RecipeError(f"run.save_every_minutes is {self.save_every_minutes}; expected more than 0, or null for none")
         if self.peak_teraflops is not None and not self.peak_teraflops > 0:

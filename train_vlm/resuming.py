@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from train_vlm.adapters import adapter_folder
 from train_vlm.checkpointing import newest_checkpoint
 from train_vlm.recipe import Recipe
 from train_vlm.run_identity import difference
@@ -74,7 +75,7 @@ def _is_past_end(standing: Standing, recipe: Recipe) -> bool:
 
 def look_for_start(recipe: Recipe, described: dict) -> Start:
     """Decide how a run begins (`described`: see run_identity). Called by one rank; may put damaged checkpoints aside and, with
-    `run.replace`, removes those of another recipe.
+    `run.replace`, removes those of another recipe, and its adapters.
 
     Raises ValueError when `out` or its checkpoints belong to another recipe, or are further than the recipe goes.
     """
@@ -105,6 +106,7 @@ def look_for_start(recipe: Recipe, described: dict) -> Start:
         raise ValueError(f"{reason}; give another out, remove {out} and {folder.name}, or start over with run.replace=true")
     print(f"{reason}; starting over (run.replace)", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(adapter_folder(out), ignore_errors=True)  # of another model: a run without adapters would leave it beside its own
     return Start()
 
 

@@ -48,7 +48,7 @@ class RunLog:
 
     `step` and `spent_seconds`: where the run goes on; 0 begins the files anew. `wandb`: a project of Weights & Biases, or None.
 
-    Raises ImportError when wandb is asked for and missing.
+    Raises ImportError when TensorBoard is missing, or wandb when it is asked for.
     """
 
     def __init__(
@@ -66,7 +66,10 @@ class RunLog:
         self.wandb = None
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"the log of a run needs TensorBoard ({error}): pip install 'nemotron-h-vision[train]'") from error
 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").unlink(missing_ok=True)
@@ -96,7 +99,7 @@ class RunLog:
         self.file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.started, 2), **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
-            if not isinstance(value, str):
+            if value is not None and not isinstance(value, str):
                 self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)

@@ -5,6 +5,7 @@ conversion are removed first: two of them left over would be trained on in silen
 without it are not read (reading.py), because a conversion that was stopped leaves whole ones, too.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from train_vlm.conversations import from_llava
+from train_vlm.conversations import from_llava, has_answer
 from train_vlm.messages_files import from_messages
 from vlm.files import write_whole
 from vlm.processing import VLMProcessor
@@ -42,16 +43,26 @@ def _index_of(shard: Path, facts: dict[str, dict]) -> str:
     return "".join(json.dumps({"key": key, "members": places[key], **facts[key]}) + "\n" for key in places)
 
 
+def _is_file(path: Path) -> bool:
+    """Path.is_file, where a name that no file can have (bytes without `data:` before them, an address) is no file and no error."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
 def _read(sample: dict, images: Path) -> tuple[dict, list[io.BytesIO]]:
     """What stands in a sample's JSON beside its id, and its pictures' bytes, each under the name of its file."""
-    if isinstance(sample, dict) and "text" in sample and "conversations" not in sample:
+    if isinstance(sample, dict) and sample.keys() == {"id", "text"}:  # of plain_text.py; other layouts may have a text beside their turns
         return {"text": sample["text"]}, []
     is_messages = isinstance(sample, dict) and "messages" in sample
     messages, sources = from_messages(sample) if is_messages else from_llava(sample)
     pictures = []
     for source in sources:
-        if isinstance(source, str) and not (images / source).is_file():
-            raise FileNotFoundError(f"image missing: {source}")
+        if isinstance(source, str) and not _is_file(images / source):
+            raise FileNotFoundError(f"image missing: {source[:200]}")
         picture = io.BytesIO(source if isinstance(source, bytes) else (images / source).read_bytes())
         picture.name = source if isinstance(source, str) else "embedded.img"
         pictures.append(picture)
@@ -70,9 +81,12 @@ def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Pat
     ones are left out and counted by reason.
 
     Returns {"samples", "shards", "skipped": {reason: count}, "examples": {reason: first sample}, "tokens", "tiles", "seconds"}. Raises
-    ValueError when no sample is usable.
+    ValueError when no sample is usable, ImportError without webdataset.
     """
-    import webdataset
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError(f"writing shards needs webdataset ({error}): pip install 'nemotron-h-vision[train]'") from error
 
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -98,8 +112,8 @@ def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Pat
                 supervised = tokens - 1
             else:
                 tiles, tokens, supervised = measure_sample(content["messages"], sizes, processor)
-            if not supervised:
-                raise ValueError("nothing supervised: no assistant turn")
+            if not supervised or not ("text" in content or has_answer(content["messages"])):
+                raise ValueError("nothing supervised: no assistant text")
         except (ValueError, FileNotFoundError) as error:
             skipped[reason := _reason(error)] += 1
             examples.setdefault(reason, f"sample {sample.get('id', number) if isinstance(sample, dict) else number}: {error}")
@@ -110,7 +124,9 @@ def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Pat
         key = f"{number:09d}"
         members = {"__key__": key, "json": json.dumps({"id": str(sample.get("id", number))} | content).encode()}
         for place, picture in enumerate(pictures):
-            members[f"{place}{Path(picture.name).suffix.lower() or '.img'}"] = picture.getvalue()
+            suffix = Path(picture.name).suffix.lower()
+            suffix = suffix if suffix not in ("", ".gz") else ".img"  # webdataset would compress what it takes for .gz
+            members[f"{place}{suffix}"] = picture.getvalue()
         writer.write(members)
         digest = hashlib.sha256(members["json"] + b"".join(picture.getvalue() for picture in pictures)).hexdigest()
         facts[key] = {"tiles": tiles, "tokens": tokens, "supervised_tokens": supervised, "sha256": digest}

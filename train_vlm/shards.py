@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         print(found.text())
         return int(found.is_bad(options.max_skipped_percent))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"shards: {error}", file=sys.stderr)
         return 2
 

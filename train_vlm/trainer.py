@@ -22,7 +22,7 @@ from train_vlm.checkpointing import save_checkpoint, set_random_states
 from train_vlm.heldout import heldout_loss, heldout_words
 from train_vlm.ledger import COUNTS, count_over_ranks
 from train_vlm.leftovers import remove_leftovers
-from train_vlm.perplexity import measure_perplexity, text_windows
+from train_vlm.perplexity import measure_perplexity
 from train_vlm.preparing import Prepared, prepare
 from train_vlm.progress import Progress, learning_rate_share, share_from_first_rank
 from train_vlm.ranks import on_first_rank, start_deepspeed, sum_over_ranks
@@ -79,7 +79,7 @@ def _train(run: Prepared) -> None:
         log_folder if rank == 0 else None, recipe.run.steps, recipe.stage, step=at.step, spent_seconds=at.spent_seconds,
         wandb=recipe.run.wandb, settings=dataclasses.asdict(recipe),
     )  # fmt: skip
-    text = text_windows(recipe.data.heldout_text, run.processor, recipe.data.max_tokens) if recipe.data.heldout_text else []
+    text = run.text
     if text and at.step == 0:
         at.text_perplexity = measure_perplexity(engine, text, run.processor)["perplexity"]
     progress = Progress(recipe.run.steps, recipe.run.minutes, spent=at.spent_seconds,
@@ -152,7 +152,8 @@ def _train(run: Prepared) -> None:
                     f"step {at.step}: {long_packs} pack(s) longer than data.pack_tokens ({recipe.data.pack_tokens}), {at.long_packs} so far"
                 )
                 log.tell(at.step, {"event": "long packs", "packs": long_packs, "text": f"{words}; more data.micro_batches shorten them"})
-            at.smooth_loss = done.loss if at.smooth_loss is None else 0.95 * at.smooth_loss + 0.05 * done.loss
+            if tokens:  # a step without a usable sample has no loss
+                at.smooth_loss = done.loss if at.smooth_loss is None else 0.95 * at.smooth_loss + 0.05 * done.loss
             at.waiting_seconds += waited
             # Under ZeRO-3 ranks wait for each other's weights within a forward pass: its time says nothing about one of them.
             accounts.add(micro, done.source_losses, waited, 0.0 if recipe.run.zero_stage == 3 else done.forward_seconds)

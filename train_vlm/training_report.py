@@ -16,8 +16,10 @@ def _read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _curves(lines: list[dict], keys: list[str]) -> dict[str, list[tuple[float, float]]]:
-    curves = {key: [(line["step"], line[key]) for line in lines if line.get(key) is not None] for key in keys}
+def _curves(lines: list[dict], keys: list[str], *, above_zero: bool = False) -> dict[str, list[tuple[float, float]]]:
+    """The points of each key that has some. above_zero: what a logarithm can show; a step in which no sample was usable has a loss of 0."""
+    curves = {key: [(line["step"], line[key]) for line in lines if line.get(key) is not None and (line[key] > 0 or not above_zero)]
+              for key in keys}  # fmt: skip
     return {key: points for key, points in curves.items() if points}
 
 
@@ -48,13 +50,15 @@ def write_training_report(folder: Path, others: list[Path] = ()) -> Path:
         page.text("No step was logged: the run ended before its first line (run.log_every), so that there are no curves.")
     if len(steps) > 1:
         page.heading("Loss").text("Per supervised token; by source, the mean since the line before.")
-        page.curves(_curves(lines, ["loss", "heldout_loss"]), "step", "loss", smooth=9, log_y=True)
-        by_source = _curves(lines, _keys(lines, "loss/") + _keys(lines, "heldout_loss/"))
+        if losses := _curves(lines, ["loss", "heldout_loss"], above_zero=True):
+            page.curves(losses, "step", "loss", smooth=9, log_y=True)
+        by_source = _curves(lines, _keys(lines, "loss/") + _keys(lines, "heldout_loss/"), above_zero=True)
         if len(by_source) > 1:
             page.curves(by_source, "step", "loss", smooth=9, log_y=True)
         page.heading("Rates and gradient")
         page.curves(_curves(lines, _keys(lines, "lr/")), "step", "rate")
-        page.curves(_curves(lines, ["gradient_norm"]), "step", "norm of the gradient", log_y=True, smooth=9)
+        if norms := _curves(lines, ["gradient_norm"], above_zero=True):
+            page.curves(norms, "step", "norm of the gradient", log_y=True, smooth=9)
         page.heading("Speed").text(f"Real work, without padding. The MFU divides by {peak or 'the peak of the device'}.")
         page.curves(_curves(lines, ["mfu_percent", "waiting_percent"]), "step", "%", smooth=9)
         page.curves(_curves(lines, ["tokens_per_second"]), "step", "tokens/s", smooth=9)

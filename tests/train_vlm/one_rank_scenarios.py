@@ -4,6 +4,8 @@ test_going_on.py, writes what it saw as JSON.
 python one_rank_scenarios.py SHARDS MODEL OUT
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -11,7 +13,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from cut_short import train_until
+from safetensors.torch import load_file
 
 import train_vlm.preparing as preparing
 import train_vlm.trainer as training_loop
@@ -33,6 +37,27 @@ def with_dropout(base: Recipe, out: Path) -> dict:
     train(plain)
     weights = {Path(recipe.out).name: (Path(recipe.out) / "model.safetensors").read_bytes() for recipe in (whole, cut, told, plain)}
     return {name: content == weights["whole"] for name, content in weights.items()}
+
+
+def computed_again(recipe: Recipe) -> dict:
+    """A run that computes the blocks of encoder and decoder again in the backward pass, beside one that keeps everything: the largest
+    difference of a weight, and whether the operations of a step are counted alike."""
+    weights, operations, real = [], [], preparing.count_costs
+
+    def counted(model):
+        operations.append(real(model))
+        return operations[-1]
+
+    preparing.count_costs = counted
+    try:
+        for name, again in (("kept", False), ("again", True)):
+            run = replace(recipe.run, activation_checkpointing=again, encoder_activation_checkpointing=again)
+            train(replace(recipe, out=f"{recipe.out}/{name}", run=run))
+            weights.append(load_file(f"{recipe.out}/{name}/model.safetensors"))
+    finally:
+        preparing.count_costs = real
+    differences = [(weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]]
+    return {"difference": max(differences), "operations_equal": operations[0] == operations[1]}
 
 
 def locked(recipe: Recipe) -> dict:
@@ -87,6 +112,24 @@ def longer_than_fitted(recipe: Recipe) -> dict:
     }
 
 
+def nothing_to_learn(recipe: Recipe) -> dict:
+    """A run none of whose samples fits, held out what it trains on; and one whose plain text is not there: what it says, and whether it
+    got as far as an engine."""
+    data, said = replace(recipe.data, heldout=recipe.data.sources, max_tokens=12, max_skipped_percent=100), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train(replace(recipe, data=data))
+    summary = json.loads(Path(f"{recipe.out}.log/summary.json").read_text())
+    real, engines, error = preparing.start_engine, [], ""
+    preparing.start_engine = lambda *arguments: engines.append(1) or real(*arguments)
+    try:
+        train(replace(recipe, out=f"{recipe.out}_text", data=replace(recipe.data, heldout_text="nowhere.txt")))
+    except FileNotFoundError as found:
+        error = str(found)
+    finally:
+        preparing.start_engine = real
+    return {"said": said.getvalue(), "loss": summary["loss"], "steps": summary["steps"], "error": error, "engines": len(engines)}
+
+
 def main(shards: str, model: str, out: str) -> None:
     warnings.filterwarnings("ignore")
     base = Recipe(
@@ -94,8 +137,11 @@ def main(shards: str, model: str, out: str) -> None:
         data=Data(sources=(Source(shards),), batch_samples=4, workers=0, max_skipped_percent=50),
     )  # fmt: skip
     results = {"dropout": with_dropout(base, Path(out, "dropout"))}
+    results["computed_again"] = computed_again(replace(base, out=f"{out}/computed"))
     results["lock"] = locked(replace(base, out=f"{out}/locked"))
-    results["told"] = told_before_the_marker(replace(base, out=f"{out}/told"))
+    torch.multiprocessing.set_start_method("forkserver", force=True)  # Python's default from 3.14 on: its readers must start all the same
+    results["told"] = told_before_the_marker(replace(base, out=f"{out}/told", data=replace(base.data, workers=1)))
+    results["nothing"] = nothing_to_learn(replace(base, out=f"{out}/nothing"))
     results["long"] = longer_than_fitted(replace(base, out=f"{out}/long"))
     Path(out, "results.json").write_text(json.dumps(results))
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,28 @@ def test_a_damaged_newest_checkpoint_is_put_aside_with_its_reason(engine, tmp_pa
 def test_nothing_whole_is_nothing(engine, tmp_path, capsys):
     truncate(save(engine, tmp_path, 2))
     assert newest_checkpoint(tmp_path) is None and "damaged" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_told_as_such(engine, tmp_path):
+    """What torch raises then is a RuntimeError about positions in a file: a run of days ended with a traceback that names no disk."""
+    kept = save(engine, tmp_path, 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk: a write that comes back short
+    try:
+        with pytest.raises(OSError, match="checkpoint of step 4 cannot be written to .* GiB are free .*make room, then give the same"):
+            save(engine, tmp_path, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert newest_checkpoint(tmp_path)[0] == kept
+
+
+def test_what_is_no_full_disk_is_raised_as_it_is(engine, tmp_path, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise RuntimeError("a collective failed")
+
+    monkeypatch.setattr(engine, "save_checkpoint", refuse)
+    with pytest.raises(RuntimeError, match="a collective failed"):
+        save(engine, tmp_path, 2)
 
 
 def test_a_step_saved_again_replaces_itself(engine, tmp_path):

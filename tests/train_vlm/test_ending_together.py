@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from train_vlm.ending_together import end_with_launchers
+
 ROOT = Path(__file__).resolve().parents[2]
 RANK = """
 import sys, os, time
@@ -93,3 +95,9 @@ def test_ranks_of_a_step_end_with_the_quickstart(scripts, tmp_path):
     first.kill()
     first.wait()
     assert is_gone(rank, 10)
+
+
+def test_without_psutil_a_rank_ties_itself_to_nobody(monkeypatch):
+    """DeepSpeed brings psutil; without both a --dry-run, which needs neither, ended with a traceback."""
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    end_with_launchers()

@@ -164,6 +164,24 @@ def test_the_longest_known_name_of_a_device_counts():
     assert known_peak("A processor of 1998", "bfloat16") is None
 
 
+OTHERS = ("NVIDIA L40", "NVIDIA A10G", "NVIDIA RTX A1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_device_with_a_like_name_is_measured(name):
+    """By pieces of names an L40 was an L4 and an RTX A1000 an A100: an MFU that is off by half or by tens, and says where it is from."""
+    assert known_peak(name, "bfloat16") is None
+
+
+KNOWN = {"NVIDIA A100-SXM4-80GB": 3.12e14, "NVIDIA A100 80GB PCIe": 3.12e14, "NVIDIA L40S": 3.62e14, "NVIDIA L4": 1.21e14,
+         "NVIDIA GH200 480GB": 9.89e14, "NVIDIA GeForce RTX 4090": 1.65e14}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_devices_go_by_whole_words(name):
+    assert known_peak(name, "bfloat16") == KNOWN[name]
+
+
 def test_a_measured_peak_is_a_speed_this_machine_has():
     slow, fast = (measure_peak(torch.device("cpu"), torch.float32, size=size) for size in (8, 512))
     assert 0 < slow < fast < 1e14

@@ -155,3 +155,30 @@ def test_the_optimizer_takes_the_recipe_s_betas(model):
     apply_parts(model, parts)
     optimizer = make_optimizer(parameter_groups(model, parts, Optimizer()), Optimizer(beta1=0.8, beta2=0.7))
     assert all(group["betas"] == (0.8, 0.7) for group in optimizer.param_groups)
+
+
+TABLES = {
+    # name: settings, endings of what no decay and no Muon may touch
+    "open_clip:ViT-B-32": (SMALL | {"width": 32, "layers": 3, "head_width": 16}, ("positional_embedding", "class_embedding")),
+    "timm:vit_tiny_patch16_224": (
+        {"image_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2, "reg_tokens": 12}, ("pos_embed", "cls_token", "reg_token")
+    ),
+    "timm:swin_tiny_patch4_window7_224": (
+        {"image_size": 64, "window_size": 4, "embed_dim": 32, "depths": (1, 1), "num_heads": (16, 16)}, ("relative_position_bias_table",)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_a_tower_knows_of_places_is_neither_decayed_nor_orthogonalized(model, name):
+    """CLIP's positions are a matrix by their shape: they were decayed, and under Muon turned into one with all singular values alike."""
+    settings, endings = TABLES[name]
+    model.vision_encoder = build_vision_encoder(name, **settings)
+    parts = Parts(vision_encoder=1e-4)
+    apply_parts(model, parts)
+    names = {id(p): name for name, p in model.vision_encoder.named_parameters()}
+    groups = parameter_groups(model, parts, Optimizer(kind="muon", weight_decay=0.3))
+    for ending in endings:
+        own = [group for group in groups for p in group["params"] if names.get(id(p), "").endswith(ending)]
+        assert own and all((group["kind"], group["weight_decay"]) == ("adamw", 0.0) for group in own)
+    assert any((group["kind"], group["weight_decay"]) == ("muon", 0.3) for group in groups)

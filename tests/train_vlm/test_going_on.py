@@ -56,6 +56,12 @@ def test_measuring_the_peak_changes_no_step(seen):
     assert seen[0]["dropout"]["told"]
 
 
+def test_blocks_computed_again_make_the_same_run(seen):
+    """With run.encoder_activation_checkpointing no run started: operations were counted on blocks that had been wrapped already."""
+    found = seen[0]["computed_again"]
+    assert found["difference"] < 1e-6 and found["operations_equal"]
+
+
 def test_a_run_has_its_folder_to_itself_and_clears_away_what_dead_ones_left(seen):
     assert seen[0]["lock"] == {"within": True, "after": False, "left": False}
 
@@ -63,6 +69,22 @@ def test_a_run_has_its_folder_to_itself_and_clears_away_what_dead_ones_left(seen
 def test_summary_and_report_are_there_before_the_run_counts_as_finished(seen):
     """Killed between the two, the next start said "finished already" and they never came."""
     assert {"log.jsonl", "summary.json", "report.html", "report.md"} <= set(seen[0]["told"])
+
+
+def test_a_run_without_a_usable_sample_ends_and_claims_no_loss(seen):
+    """Its losses of 0 were smoothed as if they were some, and its report ended the run with an error."""
+    found = seen[0]["nothing"]
+    assert (found["loss"], found["steps"]) == (None, 5) and "5 steps in" in found["said"] and "no loss" in found["said"]
+
+
+def test_a_source_that_is_held_out_and_trained_on_is_told(seen):
+    assert "is held out and trained on: its held-out loss says nothing of new samples" in seen[0]["nothing"]["said"]
+
+
+def test_a_missing_text_is_told_before_an_engine_starts(seen):
+    """After minutes of loading a large model, and of shards, it is too late for a name that is not there."""
+    found = seen[0]["nothing"]
+    assert "no text at nowhere.txt" in found["error"] and found["engines"] == 0
 
 
 def test_packs_that_nobody_fitted_are_told_when_they_come(seen):

@@ -68,6 +68,28 @@ def test_what_is_no_sample_says_why(content, message):
         from_messages(content)
 
 
+def test_image_parts_without_a_source_are_those_of_the_list():
+    """As TRL and the hub's data sets have it: {"type": "image"} in the turn, paths in "images"."""
+    bare = {"type": "image"}
+    messages, images = from_messages(sample(bare, TEXT, bare, images=["a.png", "b.png"]))
+    assert [part["type"] for part in messages[0]["content"]] == ["image", "text", "image"] and images == ["a.png", "b.png"]
+    with pytest.raises(ValueError, match="2 images but 1 <image> marks"):
+        from_messages(sample(bare, TEXT, images=["a.png", "b.png"]))
+    with pytest.raises(ValueError, match="expected a path or a data: address"):
+        from_messages(sample(bare, bare, images=["a.png"]))
+
+
+@pytest.mark.parametrize("key", ["image", "url", "path"])
+def test_a_picture_stands_under_the_keys_that_the_model_reads(key):
+    assert from_messages(sample({"type": "image", key: "a.png"}, TEXT))[1] == ["a.png"]
+
+
+def test_an_embedded_picture_may_stand_in_lines():
+    """MIME breaks base64 every 76 characters, and other programs keep the breaks."""
+    address = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.encodebytes(png()).decode()}}
+    assert from_messages(sample(address, TEXT))[1] == [png()]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [('{"messages": []}\n{', "line 2 is no valid JSON"), ("\n\n", "holds no samples"), ('{"conversations": []}', "line 1: .*; expected")],
@@ -95,14 +117,15 @@ def test_the_command_makes_shards_of_them(tmp_path, tiny_folder, capsys):
     """With a picture on disk, one in the line, two, and none; a bad one is counted by its reason."""
     (tmp_path / "a.png").write_bytes(png())
     address = {"type": "image_url", "image_url": {"url": "data:;base64," + base64.b64encode(png()).decode()}}
+    bare = {"type": "image", "image": base64.b64encode(png()).decode() * 3}  # without data: before it: a name no file can have
     lines = [sample(IMAGE, TEXT, id="one"), sample(address, TEXT), sample(IMAGE, address, TEXT), sample("words alone"),
-             sample({"type": "image", "image": "gone.png"}, TEXT)]  # fmt: skip
+             sample({"type": "image", "image": "gone.png"}, TEXT), sample(bare, TEXT)]  # fmt: skip
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = ["convert", "--messages", str(tmp_path / "m.jsonl"), "--images", str(tmp_path), "--model", str(tiny_folder), "--out",
                  str(tmp_path / "out")]  # fmt: skip
-    assert main(arguments) == 2 and "20.0 % of the samples are unusable" in capsys.readouterr().err
-    assert main([*arguments, "--max-skipped-percent", "20"]) == 0
-    assert "skipped 1 samples, image missing; first: sample m:5: image missing: gone.png" in capsys.readouterr().err
+    assert main(arguments) == 2 and "33.3 % of the samples are unusable" in capsys.readouterr().err
+    assert main([*arguments, "--max-skipped-percent", "34"]) == 0
+    assert "skipped 2 samples, image missing; first: sample m:5: image missing: gone.png" in capsys.readouterr().err
     source = ShardedSource(tmp_path / "out")
     read = [source.read(number) for number in range(4)]
     source.close()

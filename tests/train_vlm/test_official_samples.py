@@ -177,3 +177,10 @@ def test_official_files_become_shards(write, tmp_path, tiny_folder, capsys):
         _, messages = source.read(0)
         assert messages[0]["content"][0]["image"].size == (64, 64) and messages[0]["role"] == "user"
         source.close()
+
+
+def test_a_missing_caption_is_no_word(tmp_path):
+    """A null in a list from the web was the caption "None"."""
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps([{"image": "a.png", "caption": None}, {"image": "a.png", "caption": " a red ball "}]))
+    assert [sample["conversations"][1]["value"] for sample in caption_samples(path)] == ["", "a red ball"]

@@ -13,6 +13,7 @@ from train_vlm.launching import run_program
 from train_vlm.planning import plan_text, planned_model, step_work
 from train_vlm.recipe import Plan, load_recipe
 from train_vlm.saved_activations import activation_bytes, kept_by_encoder, kept_by_projector
+from train_vlm.shards import convert
 from vision_encoders import build_vision_encoder
 
 RECIPES = Path(__file__).resolve().parents[2] / "train_vlm" / "recipes"
@@ -166,6 +167,15 @@ def test_the_plan_says_whose_blocks_are_computed_again(align):
 def test_what_cannot_be_planned_is_one_line(capsys, override, message):
     assert run_program("sft", "", ["--recipe", str(RECIPES / "4b_lora.yaml"), "--dry-run", "plan.cards=3", override]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_samples_that_are_all_too_long_are_told(capsys, tmp_path, tiny_folder, tiny_processor):
+    """Of no tokens at all a division was made."""
+    turns = [{"from": "human", "value": "Say something."}, {"from": "gpt", "value": "red"}]
+    convert([{"id": "a", "conversations": turns}], tmp_path, tiny_processor, tmp_path / "shards")
+    changes = [f"model={tiny_folder}", f"data.sources=[{{shards: {tmp_path / 'shards'}}}]", "data.max_tokens=2", "data.pack_tokens=2"]
+    assert run_program("sft", "", ["--recipe", str(RECIPES / "4b_lora.yaml"), "--dry-run", *changes]) == 2
+    assert "none of the first 1000 samples fits data.max_tokens (2)" in capsys.readouterr().err
 
 
 def test_without_folder_and_preset_there_is_no_plan():

@@ -125,6 +125,13 @@ def test_tiles_are_limited_by_source_and_by_length(shards, tiny_processor):
     assert len(few.sources[0]) == 8 and few.sources[0].left_out == 5
 
 
+def test_more_tiles_than_the_model_cuts_are_refused(shards, tiny_processor):
+    """Each larger picture would be refused as broken, and indexes, which count up to the model's limit, would promise packs too short."""
+    most = tiny_processor.image_processor.max_tiles
+    with pytest.raises(ValueError, match=f"max_tiles of .* is {most + 1}; the model cuts an image into at most {most} tiles"):
+        SampleStream((Source(shards=str(shards["a"]), max_tiles=most + 1),), tiny_processor, seed=0, max_tokens=1000)
+
+
 def test_what_is_too_long_is_skipped_with_a_reason(stream):
     reasons = {stream(("a", 1.0), max_tokens=3)[position]["skipped"] for position in range(13)}
     assert reasons == {"too long"}

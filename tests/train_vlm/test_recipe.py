@@ -43,7 +43,13 @@ WRONG = [
     ("run.stepz=3", "unknown key run.stepz; did you mean run.steps"),
     ("rum.steps=3", "unknown key rum; did you mean run"),
     ("data.sources.0.weigth=1", "unknown key data.sources.0.weigth; did you mean data.sources.0.weight"),
-    ("data.sources.7.weight=1", "unknown key data.sources.7.weight"),
+    ("data.sources.7.weight=1", "unknown key data.sources.7.weight; data.sources is a list of 1, counted from 0"),
+    ("parts.language_model.warmup=0.1", "is 2e-05, a single value; give all its keys: parts.language_model={warmup: ..."),
+    ("run={steps: 3, steps: 4}", "the key steps stands twice in a section, again on line 1"),
+    ("run.seed=-1", "run.seed is -1"),
+    ("run.seed=9223372036854775808", "run.seed is 9223372036854775808"),
+    ("out=.", "out is '.'; expected the name of a folder"),
+    ("out=runs/sweep[rate=1e-4]", "expected the name of a folder to make, without any of * ? ["),
     ("run.steps", "is no override; expected key=value"),
     ("run.steps=[", "is no valid YAML value"),
     ("run.steps=many", "run.steps is 'many'; expected int or None"),
@@ -70,6 +76,7 @@ WRONG = [
     ("data.sources=a", "expected a list of"),
     ("data.sources.0=a", "data.sources.0. is 'a'; expected keys and values"),
     ("data.sources.0.weight=0", "expected more than 0"),
+    ("data.sources.0.weight=.inf", "data.sources.weight is inf"),
     ("data.sources.0.max_tiles=0", "max_tiles is 0"),
     ("data.batch_samples=0", "data.batch_samples is 0"),
     ("data.workers=-1", "data.workers is -1"),
@@ -96,6 +103,19 @@ def test_a_missing_key_is_named(write, missing):
 def test_what_is_no_recipe_is_refused(write, content, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(content))
+
+
+def test_a_key_that_stands_twice_is_refused(write):
+    """YAML takes the last of two `run` sections: the steps of the first were trained by nobody's wish."""
+    twice = yaml.safe_dump(GOOD) + "run: {steps: 7}\n"
+    with pytest.raises(RecipeError, match=f"the key run stands twice in a section, again on line {twice.count(chr(10))}"):
+        load_recipe(write(twice))
+
+
+def test_a_section_may_be_merged_from_another(write):
+    """YAML's `<<` brings defaults that may be overridden: no key stands twice there."""
+    merged = yaml.safe_dump(GOOD).replace("run:", "run: &run") + "plan:\n  <<: {samples: 4, tiles: 2}\n  samples: 5\n"
+    assert load_recipe(write(merged)).plan.samples == 5
 
 
 def test_a_missing_file_is_named():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from train_vlm.adapters import adapter_folder
 from train_vlm.checkpointing import save_checkpoint
 from train_vlm.muon import MuonAdamW
 from train_vlm.progress import Progress, learning_rate_share
@@ -64,6 +65,16 @@ def test_what_another_recipe_left_is_refused_with_the_key_or_replaced_when_told(
     told = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, replace=True))
     assert look_for_start(told, DESCRIBED).checkpoint is None
     assert "starting over" in capsys.readouterr().out and not checkpoints_of(recipe.out).exists()
+
+
+def test_adapters_of_another_recipe_go_with_its_model(recipe, one_rank):
+    """After a run with LoRA one without it took its place, and the old OUT.adapter stood beside a model that it does not belong to."""
+    save(recipe, {**DESCRIBED, "lora.rank": 4}, step=4)
+    adapter = adapter_folder(recipe.out)
+    adapter.mkdir()
+    told = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, replace=True))
+    look_for_start(told, DESCRIBED)
+    assert not adapter.exists()
 
 
 def test_a_checkpoint_beyond_the_recipes_end_is_refused(recipe, one_rank):

@@ -36,6 +36,14 @@ def test_closing_twice_keeps_the_first_summary(tmp_path):
     assert json.loads((tmp_path / "log" / "summary.json").read_text()) == {"steps": 1}
 
 
+def test_missing_tensorboard_is_told_with_the_command(tmp_path, monkeypatch):
+    """ "No module named 'tensorboard'" came after the model had been loaded and named no package of ours."""
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(ImportError, match=r"needs TensorBoard .*: pip install 'nemotron-h-vision\[train\]'"):
+        RunLog(tmp_path / "log", 2, "sft")
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = RunLog(None, 10, "sft")

@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from planted_faults import plant
 
@@ -82,6 +83,17 @@ def test_another_evaluation_set_shares_nothing(clean, tmp_path, tiny_folder):
     (tmp_path / "other").mkdir()
     picture(77).save(tmp_path / "other" / "a.png")
     assert main(["check", "--shards", str(clean), "--model", str(tiny_folder), "--workers", "0", "--against", str(tmp_path / "other")]) == 0
+
+
+def test_workers_read_whatever_way_python_starts_processes(clean, tmp_path, tiny_folder):
+    """From Python 3.14 on processes are no longer forked by default, and the processor of a model cannot be pickled: no worker started."""
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        arguments = ["--model", str(tiny_folder), "--workers", "1", "--against", str(tmp_path / "images")]
+        assert main(["check", "--shards", str(clean), *arguments]) == 1  # its own pictures
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
 
 
 def test_faults_fail_the_check_above_the_limit(clean, tiny_folder, capsys):

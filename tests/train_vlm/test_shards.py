@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import sys
 import tarfile
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 
 from train_vlm import shard_writing
-from train_vlm.reading import ShardedSource
+from train_vlm.reading import SampleStream, ShardedSource
+from train_vlm.recipe import Source
 from train_vlm.shards import convert, main
 
 
@@ -46,6 +48,45 @@ BAD = {
     "malformed": {"id": "x", "conversations": "hello"},
     "nothing supervised": {"id": "n", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]},
 }
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_answer_without_words_teaches_nothing(tmp_path, images, tiny_processor, monkeypatch, answer):
+    """The end of its turn is a token to learn: a set with blank answers taught the model to say nothing, and no count showed it."""
+    blank = {"id": "blank", "image": "0.png", "conversations": turns("<image>\nWhat colour?", answer)}
+    assert convert([GOOD[0], blank], images, tiny_processor, tmp_path / "out")["skipped"] == {"nothing supervised": 1}
+    monkeypatch.setattr(shard_writing, "has_answer", lambda messages: True)  # shards that were written before
+    convert([blank], images, tiny_processor, tmp_path / "old")
+    stream = SampleStream((Source(str(tmp_path / "old")),), tiny_processor, seed=0, max_tokens=1000)
+    assert stream[0]["skipped"] == "nothing supervised"
+
+
+def test_a_text_beside_the_turns_is_not_the_sample(tmp_path, images, tiny_processor):
+    """Data sets often have the whole conversation once more as "text": it was trained on as plain text, without the picture."""
+    messages = [{"role": "user", "content": [{"type": "image", "image": "0.png"}]}, {"role": "assistant", "content": "red"}]
+    convert([{"id": "a", "messages": messages, "text": "user: assistant: red"}], images, tiny_processor, tmp_path / "out")
+    source = ShardedSource(tmp_path / "out")
+    (_, read), _ = source.read(0), source.close()
+    assert [message["role"] for message in read] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("name", ["photo.gz", "photo", "photo.jpg?width=64"])
+def test_a_picture_s_bytes_are_kept_whatever_its_file_is_called(tmp_path, images, tiny_processor, name):
+    """By the name .gz webdataset compressed them: a good picture was a broken one in the shard."""
+    content = (images / "0.png").read_bytes()
+    (images / name).write_bytes(content)
+    convert([{"id": "a", "image": name, "conversations": turns("<image>")}], images, tiny_processor, tmp_path / "out")
+    source = ShardedSource(tmp_path / "out")
+    (_, read), _ = source.content(0), source.close()
+    assert read == [content]
+
+
+def test_missing_webdataset_is_told_with_the_command(tmp_path, tiny_folder, monkeypatch, capsys):
+    (tmp_path / "words.txt").write_text("a red ball")
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    assert main(["convert", "--text", str(tmp_path / "words.txt"), "--model", str(tiny_folder), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("shards: writing shards needs webdataset") and "pip install 'nemotron-h-vision[train]'" in error
 
 
 def test_samples_come_back_as_they_went_in(tmp_path, images, tiny_processor):

@@ -35,6 +35,12 @@ def test_a_log_without_a_step_gives_a_page_that_says_so(report, tmp_path, lines)
     assert main([str(tmp_path / "run.log")]) == 0
 
 
+def test_a_run_that_learnt_nothing_has_a_page(report):
+    """Of losses and gradients that are all 0 a logarithm shows no point, and the run ended with that error, not as finished."""
+    words = report([step(number, loss=0.0, smooth_loss=None, gradient_norm=0.0) for number in (1, 2)])
+    assert "No step was logged" not in words and "## Rates" in words
+
+
 def test_lines_of_events_hide_no_figure(report):
     """The last line may be one of the FP8 guard: steps and losses are those of the last line that has them."""
     words = report([step(1), step(2, smooth_loss=2.25), EVENT | {"step": 2}])
