@@ -32,6 +32,7 @@ from train_vlm.reading import SampleStream  # noqa: E402
 from train_vlm.recipe import Data, Parts, Recipe, Run, Source, load_recipe  # noqa: E402
 from train_vlm.training_step import forward_inputs, train_step  # noqa: E402
 from vision_encoders import build_vision_encoder  # noqa: E402
+from vision_encoders.shared_statistics import share_statistics  # noqa: E402
 from vlm.assemble.parts import join_configs, join_processor  # noqa: E402
 from vlm.chat_format import chat_formats  # noqa: E402
 from vlm.checkpoint import load_model  # noqa: E402
@@ -199,6 +200,7 @@ class Trainer:
         recipe = Recipe(stage="sft", model=str(folder), out="", data=work.recipe.data, parts=work.parts, run=run)
         start_deepspeed(recipe)
         optimizer = make_optimizer(parameter_groups(work.model, work.parts, recipe.optimizer), recipe.optimizer)
+        share_statistics(work.model.vision_encoder)  # as train_vlm/preparing.py
         self.engine, _ = start_engine(work.model, optimizer, recipe, recipe.deepspeed_config(1), 1)
 
     def step(self, samples: list[dict]) -> float:

@@ -172,8 +172,7 @@ def prepare(recipe: Recipe) -> Prepared | None:
     recipe = _fitted(recipe, stream, costs, ranks, rank_blind=batch_norms > 0)
     if batch_norms:
         parts += f"\n{_batch_norms_text(batch_norms, ranks, recipe.data.micro_batches)}"
-    if ranks > 1:
-        share_statistics(model.vision_encoder)
+    share_statistics(model.vision_encoder)
     settings = recipe.deepspeed_config(ranks)
     first_step = start.standing.step if start.standing else 0
     dealt = predict(recipe.data.batch_samples, recipe.data.micro_batches, ranks, *(cache(m) for m in sample_costs(stream, costs)),
