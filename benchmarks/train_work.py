@@ -27,7 +27,7 @@ import train_vlm  # noqa: E402
 from train_vlm.batching import pack  # noqa: E402
 from train_vlm.engine_start import start_engine  # noqa: E402
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups  # noqa: E402
-from train_vlm.kept_precision import kept_parameters  # noqa: E402
+from train_vlm.kept_precision import kept_parameters, widen_kept  # noqa: E402
 from train_vlm.reading import SampleStream  # noqa: E402
 from train_vlm.recipe import Data, Parts, Recipe, Run, Source, load_recipe  # noqa: E402
 from train_vlm.training_step import forward_inputs, train_step  # noqa: E402
@@ -102,6 +102,7 @@ class Work:
             kept = kept_parameters(self.model)
             for name, parameter in self.model.named_parameters():
                 parameter.data = parameter.data if name in kept else parameter.data.to(dtype)
+            widen_kept(self.model)  # a model that is opened in bfloat16 has its norms in bfloat16
         self.parameters, each = self.model.parameter_counts(), SAMPLES[folder.name]
         samples = read_samples(folder, self.processor, each * steps)
         self.steps = [samples[start : start + each] for start in range(0, len(samples), each)]

@@ -2,8 +2,7 @@
 
 `torch.nn.SyncBatchNorm` is the same idea; it has no kernel for processors, counts a blank tile as an image, and stands in the place of
 the layer, so that what libraries add to theirs (timm's activation, dropout) is lost. Here a layer's own forward stays, and only the
-normalisation inside it is exchanged. On a processor it is also done in half the time of torch's own, most of which goes into the
-variance. Mean and variance of the ranks are joined by Chan, Golub and LeVeque (1983, "Algorithms for computing
+normalisation inside it is exchanged. Mean and variance of the ranks are joined by Chan, Golub and LeVeque (1983, "Algorithms for computing
 the sample variance", eq. 2.1); the gradient goes through them on all ranks (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3).
 
 Letters: N tiles, C channels, R ranks.
@@ -31,21 +30,17 @@ def trained_batch_norms(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def share_statistics(encoder: nn.Module) -> int:
     """Let the BatchNorm layers of `encoder` that train normalise by the tiles of all ranks of the default process group; returns how many.
-    On one rank that has a GPU none: there is nothing to share, and torch has a kernel.
+    On one rank none: there is nothing to share.
 
     From then on a pass in training mode is a collective: every rank makes as many, in the same order. Tiles within `unmoved_statistics`
     (running_statistics.py) are normalised by the others' statistics and count in none. In eval mode nothing changes.
     """
     layers = [module for _, module in trained_batch_norms(encoder)]
-    if _ranks() == 1 and torch.cuda.is_available():
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return 0
     for module in layers:
         _wrap(module)
     return len(layers)
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _wrap(module: nn.Module) -> None:
@@ -113,7 +108,7 @@ def _of_ranks(own: Tensor) -> Tensor:
 
     Small and often: two in each layer, for which everybody waits. On a processor a rank that waits keeps its core awake: sleeping and
     being woken takes longer than the message, and nobody has a use for the core."""
-    every = own.new_empty(_ranks(), len(own))
+    every = own.new_empty(dist.get_world_size(), len(own))
     if own.is_cuda:
         dist.all_gather(list(every.unbind(0)), own)
         return every
@@ -132,16 +127,14 @@ def _joined(x: Tensor, counts: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     # A tenth of the time of torch.var_mean, which goes number by number on a processor.
     var = (x - _by_channel(mean, x)).square_().sum(others).div_(size)
     number = mean.new_full((1,), size if counts else 0)
-    if _ranks() == 1:
-        return mean, var, number[0] if counts else None
     own = torch.cat([mean, var, number]).double()
     means, variances, numbers = _of_ranks(own).split([len(mean), len(mean), 1], dim=1)  # R C, R C, R 1
     total = numbers.sum()
     if not counts and total == 0:  # a rank whose x counts need not ask, which on a GPU is waiting for the answer
         return mean, var, None
     share = numbers / total
-    joined = torch.where(share > 0, means, 0.0).mul(share).sum(0)
-    spread = torch.where(share > 0, variances + (means - joined).square(), 0.0).mul(share).sum(0)
+    joined = (means * share).sum(0)
+    spread = (means - joined).square_().add_(variances).mul_(share).sum(0)
     return joined.to(mean.dtype), spread.to(mean.dtype), total.to(mean.dtype)
 
 
@@ -176,9 +169,7 @@ class _Normalize(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         of_x = gradient * _by_channel(scale, x)
         # 2. Through the statistics: those sums over all ranks, back to every x that counted.
-        sums = torch.cat([of_weight, of_bias])
-        if _ranks() > 1:
-            sums = _of_ranks(sums).sum(0)
+        sums = _of_ranks(torch.cat([of_weight, of_bias])).sum(0)
         if ctx.counts:
             through_deviation, through_mean = (sums / ctx.number).chunk(2)
             slope = -scale * through_deviation * inverse
