@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm, NemotronHRMSNormGated
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer, NemotronHRMSNorm
 
 __all__ = ["KEPT", "kept_in_float32", "kept_parameters", "widen_kept"]
 
@@ -22,7 +22,9 @@ KEPT = ("A_log", "D", "dt_bias")
 
 def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of A_log, D, dt_bias and the weights of the decoder's norms."""
-    norms = {id(module.weight) for module in model.modules() if isinstance(module, NemotronHRMSNorm | NemotronHRMSNormGated)}
+    # The norm within a Mamba-2 mixer is of a class that has another name in each release of transformers.
+    mixers = [module for module in model.modules() if isinstance(module, NemotronHMamba2Mixer)]
+    norms = {id(module.weight) for module in model.modules() if isinstance(module, NemotronHRMSNorm)} | {id(m.norm.weight) for m in mixers}
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in KEPT or id(p) in norms}
 
 
