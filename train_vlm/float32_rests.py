@@ -6,7 +6,7 @@ norm adds it back, and it is read anew after each update. The copies themselves 
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,9 @@ class NormWithRest(NemotronHRMSNorm):
         rest = self.rests.get("weight")
         if rest is None:
             return super().forward(hidden_states)
-        wide, weight = hidden_states.float(), (self.weight.to(rest.dtype) + rest).float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return (weight * normed).to(hidden_states.dtype)
+        # As the installed release computes it (some multiply by the weight in float32, some in its own dtype), with the whole weight.
+        whole = SimpleNamespace(weight=self.weight.to(rest.dtype) + rest, variance_epsilon=self.variance_epsilon)
+        return NemotronHRMSNorm.forward(whole, hidden_states).to(hidden_states.dtype)
 
 
 class Float32Rests:

@@ -74,4 +74,5 @@ def run_layers(
     if state is not None:
         valid = layout.valid
         state.append_slots(torch.ones(batch, length, dtype=torch.bool, device=hidden.device) if valid is None else valid)
-    return language_model.model.norm_f(hidden)
+    norm = language_model.model.norm_f
+    return norm(hidden.to(norm.weight.dtype)).to(hidden.dtype)  # some releases give back the weight's dtype, wider than the layers'
