@@ -304,7 +304,8 @@ def test_the_decay_of_the_state_and_norms_stay_in_float32_while_all_else_trains_
             assert after[full].dtype == torch.float32
             moved = (after[full] - before[full]).abs().max().item()
             assert 0 < moved and not torch.equal(after[full], after[full].bfloat16().float())
-        assert (first[full] - third[full]).abs().max() < 0.3 * (first[full] - before[full]).abs().max()
+        # Over the whole tensor, as AdamW's first steps divide a gradient by its own size: a channel whose gradient is rounding may go either way.
+        assert (first[full] - third[full]).norm() < 0.1 * (first[full] - before[full]).norm()
     for after in (first, third):
         assert after["language_model.model.layers.0.mixer.in_proj.weight"].dtype == torch.bfloat16
 
