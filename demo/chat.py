@@ -79,10 +79,10 @@ def _one_line(error: Exception, paths: Sequence[str]) -> str:
 
 def ask(
     engine, turns: Sequence[Turn], question: str, pictures: Sequence[str] = (), *, max_new_tokens: int = 128, temperature: float = 0.0,
-    instruction: str = "",
+    instruction: str = "", thinking: bool | None = None,
 ) -> Iterator[Step]:  # fmt: skip
-    """Ask once more, with new pictures or about the ones shown before; `instruction` is a line under the question. Yields the
-    conversation as it grows, at least twice.
+    """Ask once more, with new pictures or about the ones shown before; `instruction` is a line under the question, `thinking` the switch
+    of a reasoning checkpoint. Yields the conversation as it grows, at least twice.
 
     An error of the request (broken picture, prompt too long) ends in the new turn's `error`; nothing is raised for it. Closing the
     iterator stops the engine. Raises ValueError for a question without words.
@@ -99,14 +99,14 @@ def ask(
         # 1. What the model will see. The engine prepares the same messages the same way; this copy is only shown.
         opened = {path: open_image(path) for path in paths}
         messages = to_messages(step.turns, opened)
-        prepared = engine.processor.prepare(messages, max_tokens=engine.max_tokens, add_generation_prompt=True)
+        prepared = engine.processor.prepare(messages, max_tokens=engine.max_tokens, add_generation_prompt=True, thinking=thinking)
         views = view_pictures(engine.processor, [(Path(path).name, opened[path]) for path in paths], prepared)
         tokens = len(prepared.rendered.input_ids), prepared.rendered.visual_tokens
         step = Step(step.turns, tuple(views), *tokens, tuple(prepared.receipts), time.monotonic() - started)
         yield step
 
         # 2. What it says.
-        request = Request(messages, max_new_tokens=max_new_tokens, temperature=temperature)
+        request = Request(messages, max_new_tokens=max_new_tokens, temperature=temperature, thinking=thinking)
         with closing(engine.stream(request)) as pieces:
             for piece in pieces:
                 turn = replace(turn, answer=turn.answer + piece)

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from vlm.thinking import split_thinking
+
 from .chat import Step, Turn, ask
 from .tile_view import TILE_STYLE, tiles_html
 
@@ -50,13 +52,22 @@ def _answer_markdown(text: str) -> str:
 
 
 def chat_messages(turns: tuple[Turn, ...], is_done: bool = True) -> list[dict]:
-    """The turns as gradio's chatbot takes them. A failed turn names its pictures instead of showing them: they may be what is broken."""
+    """The turns as gradio's chatbot takes them; thoughts before an answer fold away under a title. A failed turn names its pictures instead
+    of showing them: they may be what is broken."""
     messages = []
     for place, turn in enumerate(turns):
         shown = [f"[{_plain(Path(path).name)}]" if turn.error else {"path": path} for path in turn.pictures]
         messages.append({"role": "user", "content": [*shown, _plain(turn.question)]})
         waits = not is_done and place == len(turns) - 1
-        answer = _answer_markdown(turn.answer) or ("…" if waits else "" if turn.error else "*(the model ended its turn without a word)*")
+        thoughts, answer = split_thinking(turn.answer)
+        if thoughts:
+            status = "pending" if waits and not answer else "done"
+            messages.append({"role": "assistant", "content": _plain(thoughts), "metadata": {"title": "Thoughts", "status": status}})
+        if waits or turn.error:
+            without = "…" if waits else ""
+        else:
+            without = "*(its thoughts took all its tokens)*" if thoughts else "*(the model ended its turn without a word)*"
+        answer = _answer_markdown(answer) or without
         if turn.error:
             answer = f"{answer}\n\n**No answer:** {_plain(turn.error)}" if answer else f"**No answer:** {_plain(turn.error)}"
         messages.append({"role": "assistant", "content": answer})
@@ -85,7 +96,10 @@ def build_page(engine, model_name: str, examples: list[str] = (), instruction: s
     tokens = engine.processor.visual_tokens_per_tile
     facts = f"Tiles of {settings.tile_size} px, at most {settings.max_tiles} a picture, {tokens} visual tokens each."
 
-    def answer(box, turns, max_new_tokens, temperature, instruction=""):
+    chat_format = engine.processor.renderer.chat_format
+    can_think = bool(chat_format.think_open)
+
+    def answer(box, turns, max_new_tokens, temperature, instruction="", thinking=None):
         text, files = (box or {}).get("text", ""), (box or {}).get("files", [])
         if not text.strip():
             gr.Warning("Type a question about the picture, then send." if files else "Type a question, then send.")
@@ -93,6 +107,8 @@ def build_page(engine, model_name: str, examples: list[str] = (), instruction: s
             return
         busy = gr.MultimodalTextbox(value={"text": "", "files": []}, submit_btn=False, stop_btn=True)
         wishes = {"max_new_tokens": int(max_new_tokens), "temperature": temperature, "instruction": instruction or ""}
+        if can_think:
+            wishes["thinking"] = thinking
         for step in ask(engine, turns, text, files, **wishes):
             if step.is_done:
                 busy = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
@@ -135,11 +151,13 @@ def build_page(engine, model_name: str, examples: list[str] = (), instruction: s
                 tiles = gr.HTML(NO_TILES, padding=False)
                 status = gr.Markdown("", elem_id="status")
                 with gr.Accordion("Settings", open=False):
-                    max_new_tokens = gr.Slider(1, MOST_NEW_TOKENS, value=128, step=1, label="Longest answer, tokens")
+                    longest = MOST_NEW_TOKENS if can_think else 128
+                    max_new_tokens = gr.Slider(1, MOST_NEW_TOKENS, value=longest, step=1, label="Longest answer, tokens")
                     temperature = gr.Slider(0.0, 2.0, value=0.0, step=0.05, label="Temperature (0: no chance)")
                     instruction = gr.Textbox(instruction, label="Added under every question", placeholder="nothing")
+                    thinking = gr.Checkbox(chat_format.thinks, label="Think before the answer", visible=can_think)
         asking = box.submit(
-            answer, [box, turns, max_new_tokens, temperature, instruction], [chatbot, turns, tiles, status, box],
+            answer, [box, turns, max_new_tokens, temperature, instruction, thinking], [chatbot, turns, tiles, status, box],
             concurrency_limit=MOST_ASKING, show_progress="hidden", api_name="ask",
         )  # fmt: skip
         box.stop(stopped, turns, [chatbot, status, box], cancels=[asking], show_progress="hidden", api_visibility="private", queue=False)

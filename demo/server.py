@@ -7,7 +7,6 @@ together. A client that goes away ends its request. Nothing is fetched from the 
 import argparse
 import asyncio
 import hmac
-import importlib.util
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script: its own folder is first on the path, the project's is not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from demo.app import reserve_port
+from demo.opening import address, check_packages, open_engine, reserve_port, serve_app
 
 __all__ = ["build_app", "main"]
 
@@ -252,37 +251,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until Ctrl-C; returns the exit code: 2 with one line on stderr for what a user can put right."""
     args = parse_arguments(arguments)
     try:
-        missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ImportError(f"the server needs {', '.join(missing)}; pip install 'nemotron-h-vision[demo]'")
+        check_packages("server", ("fastapi", "uvicorn"))
         for option in ("max_new_tokens", "max_batch", "max_open"):
             if getattr(args, option) < 1:
                 raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; expected at least 1")
         with reserve_port(args.host, args.port) as listener:
             import torch
-            import uvicorn
 
             from demo.openai_protocol import Limits
-            from vlm.engine import Engine
 
-            engine = Engine.from_pretrained(
+            engine = open_engine(
                 args.model,
-                device=args.device or ("cuda" if torch.cuda.is_available() else None),
+                args.max_new_tokens,
+                device=args.device,
                 dtype=getattr(torch, args.dtype) if args.dtype else None,
                 on_drift=args.on_drift,
                 max_batch=args.max_batch,
                 memory_bytes=int(args.memory_gb * 1e9) if args.memory_gb is not None else None,
                 quantize=args.quantize,
             )
-            print(engine.golden_note, flush=True)
-            # Room for the longest answer; a prompt beyond it loses tiles first, then it is refused.
-            engine.max_tokens = max(engine.model.config.text_config.max_position_embeddings - args.max_new_tokens, 1)
             name = args.name or args.model.resolve().name
             limits = Limits(most_new_tokens=args.max_new_tokens)
             app = build_app(engine, name, limits, api_key=args.api_key or None, most_open=args.max_open)
-            host = f"[{args.host}]" if ":" in args.host else args.host
-            print(f"{name} at http://{host}:{listener.getsockname()[1]}/v1  (Ctrl-C ends it)", flush=True)
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[listener])
+            print(f"{name} at {address(args.host, listener)}/v1  (Ctrl-C ends it)", flush=True)
+            serve_app(app, listener)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"server: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from demo.app import find_examples, main, reserve_port
+from demo.app import find_examples, main
+from demo.opening import reserve_port
 
 APP = Path(__file__).parents[2] / "demo" / "app.py"
 

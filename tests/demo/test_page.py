@@ -1,5 +1,6 @@
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -25,6 +26,15 @@ def test_an_answer_that_has_not_begun_shows_that_it_is_awaited():
     assert "without a word" in chat_messages((Turn("a"),))[1]["content"]
 
 
+def test_thoughts_fold_away_in_front_of_the_answer():
+    _, thoughts, answer = chat_messages((Turn("a", answer="<think>is it *red*</think>Blue."),))
+    assert thoughts == {"role": "assistant", "content": "is it \\*red\\*", "metadata": {"title": "Thoughts", "status": "done"}}
+    assert answer == {"role": "assistant", "content": "Blue."}
+    _, thoughts, answer = chat_messages((Turn("a", answer="<think>is it"),), is_done=False)
+    assert (thoughts["content"], thoughts["metadata"]["status"], answer["content"]) == ("is it", "pending", "…")
+    assert "took all its tokens" in chat_messages((Turn("a", answer="<think>is it"),))[2]["content"]
+
+
 @pytest.fixture
 def engine():
     return ScriptedEngine()
@@ -47,7 +57,7 @@ def test_what_stands_in_the_settings_is_read_under_the_question_and_not_shown(pa
     blocks, _ = page
     setting = next(block for block in blocks.blocks.values() if getattr(block, "label", None) == "Added under every question")
     asking = next(function for function in blocks.fns.values() if function.api_name == "ask")
-    assert setting.value == "One word." and asking.inputs[-1] is setting
+    assert setting.value == "One word." and setting in asking.inputs
     *_, (messages, *_) = asking.fn({"text": "What?", "files": []}, (), 5, 0.0, setting.value)
     assert engine.requests[0].messages[-1]["content"][-1]["text"] == "What?\nOne word."
     assert messages[0]["content"] == ["What?"]
@@ -74,3 +84,24 @@ def test_the_page_answers_and_remembers(page, tmp_path):
     assert "1 tile" not in tiles and "one tile" in tiles and "4 of them visual" in status
     *_, (messages, turns, *_) = ask({"text": "And?", "files": []}, turns, 5, 0.0)
     assert len(messages) == 4 and len(turns) == 2
+
+
+def test_only_a_reasoning_checkpoint_has_the_switch_and_it_reaches_the_engine(page, engine):
+    def switch(blocks):
+        return next(block for block in blocks.blocks.values() if getattr(block, "label", None) == "Think before the answer")
+
+    def ask(blocks, *settings):
+        asking = next(function for function in blocks.fns.values() if function.api_name == "ask")
+        *_, last = asking.fn({"text": "What?", "files": []}, (), 5, 0.0, "", *settings)
+        return last
+
+    assert not switch(page[0]).visible
+    ask(page[0], True)
+    assert engine.requests[-1].thinking is None  # which the renderer would refuse otherwise
+
+    engine.processor.renderer.chat_format = replace(engine.processor.renderer.chat_format, think_open="<think>", thinks=True)
+    blocks, _ = build_page(engine, "small")
+    assert switch(blocks).visible and switch(blocks).value is True
+    for thinking in (True, False):
+        ask(blocks, thinking)
+        assert engine.requests[-1].thinking is thinking

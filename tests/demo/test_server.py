@@ -17,8 +17,8 @@ from vlm.engine import Engine, Request
 pytest.importorskip("fastapi", reason="needs the demo extra")
 pytest.importorskip("uvicorn", reason="needs the demo extra")
 
-from demo.app import reserve_port
 from demo.openai_protocol import Limits
+from demo.opening import reserve_port
 from demo.server import build_app, main
 
 SERVER = Path(__file__).parents[2] / "demo" / "server.py"

@@ -24,6 +24,7 @@ from train_vlm.batching import MicroBatchPositions, pack
 from train_vlm.encoder_checkpointing import checkpoint_encoder
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups
 from train_vlm.ranks import start_deepspeed, sum_over_ranks
+from train_vlm.reading import SampleStream
 from train_vlm.recipe import Data, Optimizer, Parts, Recipe, Run, Source, load_recipe
 from train_vlm.trainer import full_state_dict, train
 from train_vlm.training_step import NotFiniteError, train_step
@@ -135,7 +136,7 @@ class Bench:
 
 def with_batch_norm(bench: Bench, out: Path, shards: str) -> dict:
     """Runs of a model whose encoder normalises by its batch; in the first two steps one rank has no picture. Then one by a recipe: the
-    running statistics of both ranks after it."""
+    running statistics of both ranks after it, and which samples its micro-batches had."""
     settings = {"image_size": 64, "output_stride": 16, "stem_width": 8, "channels": [8, 16, 16, 32]}
     bench.model, bench.processor = assemble("tiny", vision_encoder="timm:resnet10t", vision_settings=settings, seed=0)
     bench.samples = make_samples(bench.processor)
@@ -148,21 +149,27 @@ def with_batch_norm(bench: Bench, out: Path, shards: str) -> dict:
     if bench.rank == 0:
         save_model(bench.model, bench.processor, out / "model")
     torch.distributed.barrier()
-    seen, real_step = [], training_loop.train_step
+    seen, micro_batches, real_step = [], [], training_loop.train_step
 
-    def watched(engine, *arguments, **keywords):
-        done = real_step(engine, *arguments, **keywords)
+    def watched(engine, batches, *arguments, **keywords):
+        done = real_step(engine, batches, *arguments, **keywords)
         seen[:] = [buffer.double().sum().item() for buffer in engine.module.vision_encoder.buffers()]
+        micro_batches.extend(batch["ids"] for batch in batches)
         return done
 
+    recipe = run_recipe(out / "trained", shards, str(out / "model"), zero_stage=1, steps=2, save_every_steps=None)
+    recipe = replace(recipe, data=replace(recipe.data, batch_samples=8, micro_batches=2))
     training_loop.train_step = watched
     try:
-        train(run_recipe(out / "trained", shards, str(out / "model"), zero_stage=1, steps=2, save_every_steps=None))
+        train(recipe)
     finally:
         training_loop.train_step = real_step
-    of_ranks = [None, None]
+    of_ranks, held = [None, None], [None, None]
     torch.distributed.all_gather_object(of_ranks, seen)
-    return found | {"running": of_ranks}
+    torch.distributed.all_gather_object(held, micro_batches)
+    stream = SampleStream(recipe.data.sources, bench.processor, seed=recipe.run.seed, max_tokens=recipe.data.max_tokens)
+    in_order = [f"{sample['source']} {sample['id']}" for sample in (stream[place] for place in range(16))]
+    return found | {"running": of_ranks, "held": held, "in_order": in_order}
 
 
 def read_log(out: Path) -> list[dict]:

@@ -146,6 +146,14 @@ def test_a_recipe_s_ranks_share_their_statistics(seen):
     assert len(first) > 20 and first == second
 
 
+def test_a_recipe_s_micro_batches_have_the_same_samples_whatever_the_ranks(seen):
+    """BatchNorm normalises by a micro-batch of all ranks: samples are dealt to ranks by cost, to micro-batches as they come."""
+    held, in_order = seen[0]["batch_norm"]["held"], seen[0]["batch_norm"]["in_order"]
+    together = [sorted(first + second) for first, second in zip(*held, strict=True)]
+    assert together == [sorted(in_order[start : start + 4]) for start in range(0, 16, 4)]
+    assert held[0] != [in_order[start : start + 2] for start in range(0, 16, 4)]  # by cost: two by two as they come would be another way
+
+
 @pytest.mark.parametrize("name", ["align_zero1", "align_zero3"])
 def test_frozen_parts_stay_to_the_bit(seen, name):
     """Weight decay or a stray gradient on a frozen encoder would change a model that nobody meant to train."""
@@ -304,7 +312,7 @@ def test_the_decay_of_the_state_and_norms_stay_in_float32_while_all_else_trains_
             assert after[full].dtype == torch.float32
             moved = (after[full] - before[full]).abs().max().item()
             assert 0 < moved and not torch.equal(after[full], after[full].bfloat16().float())
-        # Over the whole tensor, as AdamW's first steps divide a gradient by its own size: a channel whose gradient is rounding may go either way.
+        # Over the whole tensor: AdamW divides a gradient by its own size, so a channel whose first ones are rounding may go either way.
         assert (first[full] - third[full]).norm() < 0.1 * (first[full] - before[full]).norm()
     for after in (first, third):
         assert after["language_model.model.layers.0.mixer.in_proj.weight"].dtype == torch.bfloat16
