@@ -1,4 +1,5 @@
-"""Read the prompts of newly admitted requests: shared prefixes once, everything packed, each request's state forked into its row.
+"""Read the prompts of newly admitted requests: shared prefixes once, everything packed, each request's state forked into its row. A long
+prompt is begun before, a part a step.
 
 Steps: plan the pieces; encode each distinct tile once; read the pieces level by level, one packed call a level; keep the prefixes that may
 come again; the leaves go straight into the rows of the running batch.
@@ -14,8 +15,9 @@ from ..modeling import VisionLanguageModel
 from ..processing import VLMProcessor
 from .kept_states import KeptStates
 from .memory import StateCost, rounded_span
-from .sharing import Piece, plan_pieces
-from .ticket import Ticket
+from .prompt import Prompt
+from .sharing import Piece, common_length, plan_pieces
+from .ticket import Begun, Ticket
 
 __all__ = ["Prefill"]
 
@@ -46,7 +48,7 @@ class Prefill:
 
     def plan(self, tickets: list[Ticket]) -> tuple[list[Piece], list[tuple[int, Slots] | None]]:
         """The pieces to read, and for each ticket the kept state it goes on from."""
-        found = [self.kept.find(ticket.prompt.identity) for ticket in tickets]
+        found = [self._found(ticket, tickets) for ticket in tickets]
         # A prefix is worth a piece of its own when the caller says it goes on, or when it came up in an earlier call.
         prefixes = {ticket.prompt.identity[:cut].tobytes() for ticket in tickets for cut in ticket.prompt.cuts}
         again = {prefix for prefix in prefixes if self.kept.seen_before(prefix)}
@@ -55,6 +57,60 @@ class Prefill:
         ]
         starts = [0 if state is None else state[0] for state in found]
         return plan_pieces([ticket.prompt.identity for ticket in tickets], starts, cuts), found
+
+    def _found(self, ticket: Ticket, tickets: list[Ticket]) -> tuple[int, Slots] | None:
+        """The longest prefix that is read: kept, or begun by one of `tickets`."""
+        identity, best = ticket.prompt.identity, self.kept.find(ticket.prompt.identity)
+        for other in tickets:
+            begun = other.begun
+            if begun is None or begun.length >= len(identity) or (best is not None and best[0] >= begun.length):
+                continue
+            if other is ticket or np.array_equal(identity[: begun.length], other.prompt.identity[: begun.length]):
+                best = begun.length, begun.state
+        return best
+
+    def unread(self, ticket: Ticket) -> int:
+        """Tokens of its prompt that are still to be read."""
+        begun = 0 if ticket.begun is None else ticket.begun.length
+        kept = self.kept.find(ticket.prompt.identity)
+        return len(ticket.prompt) - max(begun, 0 if kept is None else kept[0])
+
+    @torch.inference_mode()
+    def read_on(self, ticket: Ticket, most_tokens: int, left: int) -> None:
+        """Read the next `most_tokens` of a long prompt, or fewer: a part ends where a prefix is to be kept, and between two tiles. The last
+        `left` tokens are for `read`, which goes on from there."""
+        prompt = ticket.prompt
+        if ticket.begun is None:
+            pieces, (found,) = self.plan([ticket])
+            state = self.decoder.slots(1, rounded_span(len(prompt)))
+            if found is None:
+                state.clear([0])
+            else:
+                state.fork(found[1], [0], [0])
+            length = 0 if found is None else found[0]
+            ticket.begun = Begun(state, length, tuple(piece.end for piece in pieces if not piece.is_leaf), length)
+        begun = ticket.begun
+        end = min([begun.length + most_tokens, len(prompt) - left, *(cut for cut in begun.wanted if cut > begun.length)])
+        piece = Piece(0, begun.length, self._between_tiles(prompt, begun.length, end), None, 0, (0,), False)
+        self._read_together([(piece, 0)], [ticket], self._encode([ticket], [piece]), begun.state, None)
+        begun.length = piece.end
+        if piece.end in begun.wanted:
+            self.keep(prompt.identity[: piece.end], begun.state, 0)
+
+    def keep_begun(self, ticket: Ticket, following: Ticket) -> None:
+        """Keep what a long prompt has begun, which nobody writes to any more, when one that has to wait begins with it too."""
+        prefix = ticket.prompt.identity[: ticket.begun.length]
+        if common_length(prefix, following.prompt.identity) == len(prefix):
+            self.kept.keep(prefix, ticket.begun.state)
+
+    def _between_tiles(self, prompt: Prompt, start: int, end: int) -> int:
+        """`end`, or the border of the tile it would cut: the one in front, where that is behind `start`. No prompt ends with a tile."""
+        place = int(prompt.tile_starts.searchsorted(end)) - 1
+        first = int(prompt.tile_starts[place]) if place >= 0 else end
+        behind = first + self.processor.visual_tokens_per_tile
+        if not first < end < behind:
+            return end
+        return first if first > start else behind
 
     @torch.inference_mode()
     def read(self, tickets: list[Ticket], slots: Slots, rows: list[int], most_bytes: int) -> Tensor:
@@ -78,7 +134,10 @@ class Prefill:
         leaves = sorted((piece for piece in pieces if piece.is_leaf), key=lambda piece: piece.owner)
         last = self._read_pieces(leaves, tickets, found, visual, nodes, slots, rows, places)
         for piece, ticket in zip(leaves, tickets, strict=True):
-            ticket.shared_tokens = 0 if found[piece.owner] is None else found[piece.owner][0]
+            if ticket.begun is not None:
+                ticket.shared_tokens = ticket.begun.shared
+            else:
+                ticket.shared_tokens = 0 if found[piece.owner] is None else found[piece.owner][0]
             parent = piece.parent
             while parent is not None:  # a prefix read for several counts as shared for all but its owner
                 if pieces[parent].owner != piece.owner:

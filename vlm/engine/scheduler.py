@@ -1,7 +1,7 @@
 """Who is decoded when: requests wait in order, join the running batch as others end, and leave it when they are over.
 
-One step admits whom memory and rows allow, reads their prompts, and gives every running request one more token. It is called by one thread
-at a time (engine.py sees to that) and never waits for anything.
+One step admits whom memory and rows allow, reads their prompts, and gives every running request one more token; a prompt too long for one
+step is read over several. It is called by one thread at a time (engine.py sees to that) and never waits for anything.
 """
 
 from collections import deque
@@ -69,13 +69,13 @@ class Scheduler:
         """Bytes of the batch, and of what reading the prompts of `wave` holds beside it: shared prefixes, and forks to score texts."""
         families = sum(_common(before, ticket) < LEAST_SHARED_TOKENS for before, ticket in zip([None, *wave], wave, strict=False))
         longest = rounded_span(max((len(ticket.prompt) for ticket in wave), default=0)) if span else 0
-        return self.cost.bytes(rows, span) + self.cost.bytes(families + self._forks(wave), longest) + self._held_bytes()
+        return self.cost.bytes(rows, span) + self.cost.bytes(families + self._forks(wave), longest) + self._held_bytes(wave)
 
-    def _held_bytes(self) -> int:
-        """Of the common states that running rows go on from."""
+    def _held_bytes(self, wave: list[Ticket]) -> int:
+        """Of the common states that running rows go on from, and of what `wave` has begun to read."""
         common = [] if self.slots is None else self.slots.common[: len(self.running)]
-        sources = {id(each.source): each.source for each in common if each is not None}
-        return sum(source.size_bytes() for source in sources.values())
+        states = [each.source for each in common if each is not None] + [ticket.begun.state for ticket in wave if ticket.begun]
+        return sum(state.size_bytes() for state in {id(state): state for state in states}.values())
 
     @staticmethod
     def _forks(wave: list[Ticket]) -> int:
@@ -99,21 +99,52 @@ class Scheduler:
         """Admit, read, and decode one token for each. An error of the model becomes the answer of those it hit."""
         self.steps += 1
         self.sweep()
-        wave = self._admit()
-        if wave:
-            self._read(wave)
+        if not self._read_on():
+            wave = self._admit()
+            if wave:
+                self._read(wave)
         if self.running:
             self._decode()
+
+    @property
+    def _tokens_a_step(self) -> int:
+        return TOKENS_A_STEP["cuda" if self.decoder.weight.is_cuda else "cpu"]
+
+    def _read_on(self) -> bool:
+        """Read a part of the first prompt in the queue when it is too long for one step; nobody is admitted meanwhile. False: it is not, or
+        there is no room for its state twice (its own, and the batch's row that it becomes): then it is read at once."""
+        limit = self._tokens_a_step
+        if not self.waiting or len(self.waiting[0].prompt) <= limit or len(self.running) == self.most_rows:
+            return False
+        ticket = self.waiting[0]
+        # Half of a step is left to be read with those who share its beginning, which a part must not go beyond.
+        left = max(limit // 2, 1)
+        if self.prefill.unread(ticket) <= (limit if ticket.begun is None else left):
+            return False
+        if ticket.begun is None:
+            span = max(rounded_span(each.most_tokens) for each in [*self.running, ticket])
+            own = self.cost.bytes(1, rounded_span(len(ticket.prompt)))
+            if self._need(len(self.running) + 1, span, [ticket]) + own > self.budget_bytes:
+                return False
+        ticket.admit()
+        try:
+            self.prefill.read_on(ticket, limit, left)
+        except BaseException as error:
+            self.waiting.popleft()
+            ticket.fail(_said_by(error))
+            if not isinstance(error, Exception):
+                raise
+        return True
 
     def _admit(self) -> list[Ticket]:
         """Who may join now, in order of arrival. Nobody overtakes: a long request that waits for memory is not starved by short ones."""
         wave: list[Ticket] = []
-        tokens = 0
-        limit = TOKENS_A_STEP["cuda" if self.decoder.weight.is_cuda else "cpu"]
+        tokens, limit = 0, self._tokens_a_step
         span = max((rounded_span(ticket.most_tokens) for ticket in self.running), default=0)
         for ticket in self.waiting:
             rows = len(self.running) + len(wave) + 1
-            new = len(ticket.prompt) - _common(wave[-1] if wave else None, ticket)
+            known = _common(wave[-1], ticket) if wave else ticket.begun.length if ticket.begun else 0
+            new = len(ticket.prompt) - known
             wider = max(span, rounded_span(ticket.most_tokens))
             too_much = self._need(rows, wider, [*wave, ticket]) > self.budget_bytes
             if rows > self.most_rows or (wave and tokens + new > limit) or (too_much and rows > 1):
@@ -125,6 +156,8 @@ class Scheduler:
         for ticket in wave:
             self.waiting.popleft()
             ticket.admit()
+        if wave and wave[0].begun is not None and self.waiting:
+            self.prefill.keep_begun(wave[0], self.waiting[0])
         return wave
 
     def _read(self, wave: list[Ticket]) -> None:
@@ -147,7 +180,7 @@ class Scheduler:
                 ticket.fail(_said_by(error))
             raise
         for ticket in wave:
-            ticket.prompt.pixels = None  # a caller may hold the ticket for long
+            ticket.prompt.pixels, ticket.begun = None, None  # a caller may hold the ticket for long
         self.running += wave
         self._take(wave, tokens)
 
@@ -179,7 +212,7 @@ class Scheduler:
                 self._fail_running(error)
                 raise
         forks = self.cost.bytes(self._forks(wave), rounded_span(max(len(ticket.prompt) for ticket in wave)))
-        return self.budget_bytes - self.cost.bytes(*chosen) - self._held_bytes() - forks
+        return self.budget_bytes - self.cost.bytes(*chosen) - self._held_bytes(wave) - forks
 
     def _decode(self) -> None:
         running = self.running

@@ -2,14 +2,27 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
+from ..decoder.slots import Slots
 from ..thinking import THINK_OPEN, decode_answer
 from .prompt import Prompt
 from .request import Answer, Request
 
-__all__ = ["Ticket"]
+__all__ = ["Begun", "Ticket"]
+
+
+@dataclass
+class Begun:
+    """A long prompt that is read over several steps. state: one row that has read `length` tokens; wanted: lengths at which a copy of it is
+    kept; shared: tokens it found read."""
+
+    state: Slots
+    length: int
+    wanted: tuple[int, ...]
+    shared: int
 
 
 class Ticket:
@@ -26,6 +39,7 @@ class Ticket:
         self.answer: Answer | None = None
         self.is_cancelled = False
         self.shared_tokens = 0
+        self.begun: Begun | None = None
         self.compared: tuple[Ticket, int] | None = None  # the ticket before it in the queue, and the length of their common prefix
         self.generator = None
         if request.temperature > 0:
@@ -79,7 +93,7 @@ class Ticket:
     # What the scheduler does.
 
     def admit(self) -> None:
-        self._admitted = time.monotonic()
+        self._admitted = self._admitted or time.monotonic()
 
     def take(self, token: int | None) -> bool:
         """Add a token; True when the request is over. None: the model gave no numbers."""
@@ -110,6 +124,7 @@ class Ticket:
             self.text = ""
         elif stop_reason != "stop":
             self.text = self._decoded()
+        self.begun = None
         now = time.monotonic()
         admitted = self._admitted or now
         self.answer = Answer(

@@ -1,0 +1,147 @@
+"""A prompt too long for one step is read over several, while the others go on: same answers, nothing read twice."""
+
+import pytest
+from PIL import Image
+
+from vlm.engine import Engine, Request
+from vlm.engine.scheduler import TOKENS_A_STEP
+from vlm.engine.ticket import Ticket
+
+PICTURES = [Image.effect_noise((200, 64), 90).convert("RGB"), Image.effect_noise((64, 64), 90).convert("RGB")]
+LONG = "a long story about a red ball and a blue box. " * 12
+
+
+def ask(words, *pictures, **settings):
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return Request([{"role": "user", "content": [*parts, {"type": "text", "text": words}]}], **({"max_new_tokens": 8} | settings))
+
+
+@pytest.fixture
+def engine(exact_model, tiny_processor):
+    return Engine(exact_model, tiny_processor, self_check=False)
+
+
+@pytest.fixture(scope="module")
+def alone(exact_model, tiny_processor):
+    """The answer of an engine that reads everything at once."""
+    return lambda request: Engine(exact_model, tiny_processor, self_check=False).generate([request])[0]
+
+
+@pytest.fixture
+def read(engine, monkeypatch):
+    """Tokens of every call of the decoder that reads."""
+    calls, prefill = [], engine._scheduler.decoder.prefill
+
+    def counted(embeddings, slots, rows, lengths, **settings):
+        calls.append(sum(lengths))
+        return prefill(embeddings, slots, rows, lengths, **settings)
+
+    monkeypatch.setattr(engine._scheduler.decoder, "prefill", counted)
+    return calls
+
+
+@pytest.mark.parametrize("limit", [7, 40, 100])
+def test_a_prompt_read_in_parts_is_answered_as_one_read_at_once(engine, alone, read, monkeypatch, limit):
+    """Parts that begin and end among words, tiles and tags; the last one leaves at least a token for the answer to begin with."""
+    request = ask(LONG, *PICTURES, PICTURES[0], score_texts=("red", "a blue box"))
+    expected = alone(request)
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", limit)
+    found = engine.generate([request])[0]
+    assert found.tokens == expected.tokens and found.prompt_tokens == expected.prompt_tokens > 200
+    assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+    assert found.shared_tokens == 0 and len(read) > expected.prompt_tokens // max(limit, 17) and max(read[:-1]) <= max(limit, 17)
+
+
+def test_others_say_a_token_after_each_part(engine, alone, monkeypatch):
+    first, long, last = ask("short", max_new_tokens=100), ask(LONG, PICTURES[0]), ask("later")
+    expected = [alone(request).text for request in (first, long, last)]
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 40)
+    end, take = engine.processor.renderer.end_of_turn_id, Ticket.take
+    tickets = [engine.submit(first)]
+    monkeypatch.setattr(tickets[0], "take", lambda token: take(tickets[0], 50 if token == end else token))  # it never ends by itself
+    engine.step()
+    tickets += [engine.submit(long), engine.submit(last)]
+    said = len(tickets[0].said)
+    for steps in range(1, 5):
+        engine.step()
+        assert len(tickets[0].said) == said + steps and not tickets[1].said and tickets[1].begun.length > 40 * (steps - 1)
+    assert [ticket.result().text for ticket in tickets[1:]] == expected[1:]
+    tickets[0].cancel()
+    assert engine._scheduler.is_idle and tickets[1].begun is None
+
+
+def test_questions_about_one_long_text_share_what_was_begun_for_the_first(engine, alone, read, monkeypatch):
+    requests = [ask(f"{LONG}{word}", PICTURES[0]) for word in ("what colour?", "how many?", "where?", "who?")]
+    expected = [alone(request) for request in requests]
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 64)
+    answers = engine.generate(requests)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert sum(read) < answers[0].prompt_tokens + 4 * 64  # the text once, then the end of four questions
+    assert sorted(answer.shared_tokens > answer.prompt_tokens - 64 for answer in answers) == [False, True, True, True]
+    read.clear()
+    engine.max_batch = engine._scheduler.most_rows = 1  # each of them has to wait for the one before
+    assert [answer.tokens for answer in engine.generate(requests)] == [answer.tokens for answer in expected]
+    assert sum(read) < answers[0].prompt_tokens + 4 * 64
+
+
+def test_a_conversation_goes_on_from_a_prompt_that_was_read_in_parts(engine, alone, read, monkeypatch):
+    """The states behind the picture and at the answer's end are kept, as of a prompt read at once."""
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 50)
+    request = ask(LONG, PICTURES[0])
+    with monkeypatch.context() as patch:
+        ids = [*engine.processor.renderer.encode_plain("a red ball"), engine.processor.renderer.end_of_turn_id]
+        patch.setattr(engine._scheduler, "choose", lambda logits, rows: [ids[len(row.said)] for row in rows])
+        answer = engine.submit(request).result()
+    again = [*request.messages, {"role": "assistant", "content": answer.text}, {"role": "user", "content": "and now?"}]
+    read.clear()
+    found = engine.submit(Request(again, max_new_tokens=8)).result()
+    assert found.text == alone(Request(again, max_new_tokens=8)).text and sum(read) < 50
+    read.clear()
+    other = ask("another question", PICTURES[0])
+    found = engine.submit(other).result()
+    assert found.text == alone(other).text and found.shared_tokens > 30 and sum(read) < 40
+
+
+def test_a_long_prompt_is_given_up_half_way(engine, alone, read, monkeypatch):
+    """Cancelled, or hit by an error of the model: its state is gone and the others are answered."""
+    long, short = ask(LONG, PICTURES[0]), ask("short")
+    expected = alone(short).text
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 40)
+    tickets = [engine.submit(long), engine.submit(short)]
+    engine.step()
+    engine.step()
+    assert tickets[0].begun.length >= 64 and engine._scheduler._held_bytes([tickets[0]]) == tickets[0].begun.state.size_bytes()
+    tickets[0].cancel()
+    assert tickets[0].answer.stop_reason == "cancelled" and tickets[0].begun is None
+    assert tickets[1].result().text == expected
+
+    for error in (RuntimeError("cannot encode"), KeyboardInterrupt()):
+        tickets = [engine.submit(long), engine.submit(short)]
+        engine.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._scheduler.prefill, "read_on", lambda *_, error=error: (_ for _ in ()).throw(error))
+            if isinstance(error, Exception):
+                engine.step()
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    engine.step()
+        assert tickets[0].answer.stop_reason == "error" and tickets[0].begun is None
+        assert tickets[1].result().text == expected and engine._scheduler.is_idle
+
+
+@pytest.mark.parametrize("rows_of_memory, in_parts", [(6, True), (1.4, False)])
+def test_memory_holds_while_parts_are_read(exact_model, tiny_processor, alone, monkeypatch, rows_of_memory, in_parts):
+    """With room for its state once only, a prompt is read at once, into its row."""
+    request = ask(LONG, PICTURES[0])
+    expected = alone(request)
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 40)
+    probe = Engine(exact_model, tiny_processor, self_check=False)._scheduler.cost
+    budget = int(rows_of_memory * probe.bytes(1, expected.prompt_tokens + 64))
+    small = Engine(exact_model, tiny_processor, memory_bytes=budget * 4 // 3, self_check=False)
+    ticket, begun = small.submit(request), 0
+    while small.step():
+        scheduler = small._scheduler
+        held = 0 if scheduler.slots is None else scheduler.slots.size_bytes()
+        begun = max(begun, 0 if ticket.begun is None else ticket.begun.length)
+        assert held + scheduler._held_bytes([ticket]) <= scheduler.budget_bytes
+    assert ticket.answer.tokens == expected.tokens and (begun > 0) == in_parts
