@@ -5,6 +5,7 @@ step is read over several. It is called by one thread at a time (engine.py sees 
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class Scheduler:
         longest = rounded_span(max((len(ticket.prompt) for ticket in wave), default=0)) if span else 0
         return self.cost.bytes(rows, span) + self.cost.bytes(families + self._forks(wave), longest) + self._held_bytes(wave)
 
-    def _held_bytes(self, wave: list[Ticket]) -> int:
+    def _held_bytes(self, wave: Sequence[Ticket] = ()) -> int:
         """Of the common states that running rows go on from, and of what `wave` has begun to read."""
         common = [] if self.slots is None else self.slots.common[: len(self.running)]
         states = [each.source for each in common if each is not None] + [ticket.begun.state for ticket in wave if ticket.begun]
