@@ -110,12 +110,14 @@ def main(out: str) -> None:
     result["encoder"] = distance(encoder, torch.randn(7, 3, 32, 32, dtype=torch.float64), wanted)
     float32 = [tensor.float() for tensor in (given["tiles"], torch.randn(shapes["tiles"]))]
     result["float32"] = distance(nn.BatchNorm2d(5), *float32)
-    half = nn.BatchNorm2d(5).bfloat16()
+    half, x = nn.BatchNorm2d(5).bfloat16(), float32[0].bfloat16()  # the same on both ranks: together as each alone
     share_statistics(half)
-    y = half(float32[0].bfloat16())
-    result["bfloat16"] = [str(y.dtype), str(half.running_mean.dtype), bool(y.isfinite().all())]
-    half.eval()
-    result["eval"] = bool(half(float32[0][:1].bfloat16()).isfinite().all()) if dist.get_rank() else True  # no collective
+    y = half(x)
+    error = (y.float() - nn.functional.batch_norm(x.float(), None, None, training=True)).abs().max().item()
+    result["bfloat16"] = [str(y.dtype), str(half.running_mean.dtype), error]
+    own = nn.BatchNorm2d(5, track_running_stats=False).bfloat16()
+    share_statistics(own)
+    result["eval"] = all(layer.eval()(x).isfinite().all().item() for layer in (half, own) if dist.get_rank())  # no collective
     result["blank"] = blank(torch.float64)
     of_ranks = [None, None]
     dist.all_gather_object(of_ranks, result)

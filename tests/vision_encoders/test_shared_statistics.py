@@ -39,7 +39,10 @@ def test_two_ranks_compute_what_one_process_does(on_ranks, layer, layout):
 
 def test_a_whole_encoder_and_other_shapes_and_dtypes(on_ranks):
     assert all(found["rows"] < 1e-12 and found["encoder"] < 1e-9 and found["float32"] < 1e-5 for found in on_ranks)
-    assert all(found["bfloat16"] == ["torch.bfloat16", "torch.bfloat16", True] and found["eval"] for found in on_ranks)
+    for found in on_ranks:
+        *dtypes, error = found["bfloat16"]
+        assert dtypes == ["torch.bfloat16", "torch.bfloat16"] and error <= 2**-7  # half a step of numbers from 2 to 4: computed in float32
+        assert found["eval"]
 
 
 def test_a_blank_tile_counts_in_no_rank_s_statistics(on_ranks):
