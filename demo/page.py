@@ -66,7 +66,7 @@ def chat_messages(turns: tuple[Turn, ...], is_done: bool = True) -> list[dict]:
         if waits or turn.error:
             without = "…" if waits else ""
         else:
-            without = "*(its thoughts took all its tokens)*" if thoughts else "*(the model ended its turn without a word)*"
+            without = "*(no answer behind its thoughts)*" if thoughts else "*(the model ended its turn without a word)*"
         answer = _answer_markdown(answer) or without
         if turn.error:
             answer = f"{answer}\n\n**No answer:** {_plain(turn.error)}" if answer else f"**No answer:** {_plain(turn.error)}"

@@ -32,7 +32,7 @@ def test_thoughts_fold_away_in_front_of_the_answer():
     assert answer == {"role": "assistant", "content": "Blue."}
     _, thoughts, answer = chat_messages((Turn("a", answer="<think>is it"),), is_done=False)
     assert (thoughts["content"], thoughts["metadata"]["status"], answer["content"]) == ("is it", "pending", "…")
-    assert "took all its tokens" in chat_messages((Turn("a", answer="<think>is it"),))[2]["content"]
+    assert "no answer behind its thoughts" in chat_messages((Turn("a", answer="<think>is it"),))[2]["content"]
 
 
 @pytest.fixture
