@@ -2,46 +2,24 @@
 
 There each of them is a bfloat16 parameter and a float32 copy in the optimizer; the forward pass would see the first. What bfloat16 leaves
 of the copy, the rest, is a few numbers a layer: every rank keeps it whole beside the parameter, the mixer (vlm/decoder/mixer.py) or the
-norm adds it back, and it is read anew after each update. The copies themselves begin from the values before the cast.
+norm (vlm/decoder/norm.py) adds it back, and it is read anew after each update. The copies themselves begin from the values before the cast.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType, SimpleNamespace
-
 import torch
-from torch import Tensor, nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
+from torch import nn
 
 from train_vlm.kept_precision import KEPT
 
-__all__ = ["Float32Rests", "NormWithRest"]
+__all__ = ["Float32Rests"]
 
 # By their names below a module that has `rests`: a mixer, whose gated norm is computed by the mixer itself, or a norm.
 RESTS = (*KEPT, "norm.weight", "weight")
-
-
-class NormWithRest(NemotronHRMSNorm):
-    """Made from the decoder's own norm by giving it this class; parameters stay the same objects. rests: {"weight": (D,) float32}."""
-
-    rests: Mapping[str, Tensor] = MappingProxyType({})
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., D) -> the same, in its dtype."""
-        rest = self.rests.get("weight")
-        if rest is None:
-            return super().forward(hidden_states)
-        # As the installed release computes it (some multiply by the weight in float32, some in its own dtype), with the whole weight.
-        whole = SimpleNamespace(weight=self.weight.to(rest.dtype) + rest, variance_epsilon=self.variance_epsilon)
-        return NemotronHRMSNorm.forward(whole, hidden_states).to(hidden_states.dtype)
 
 
 class Float32Rests:
     """Made of a model before its engine starts, `attach`ed to the engine afterwards. All ranks do everything together."""
 
     def __init__(self, model: nn.Module):
-        for module in model.modules():
-            if type(module) is NemotronHRMSNorm:
-                module.__class__ = NormWithRest
         self.entries = [
             (f"{name}.{short}", owner, short, parameter.detach().float().clone())
             for name, owner in model.named_modules()

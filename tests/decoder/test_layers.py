@@ -114,8 +114,8 @@ def test_changing_one_sample_never_moves_its_neighbours(decoder):
     for place in others:
         assert torch.equal(first[:, place], second[:, place])
         assert torch.equal(first_gradient[:, place], second_gradient[:, place])
-    for gradient in (first_gradient, second_gradient):  # not exactly 0: sums over the whole row cancel up to their last bit
-        assert gradient[:, 12:20].abs().max() < 1e-12 * gradient.abs().max()
+    for gradient in (first_gradient, second_gradient):
+        assert gradient.abs().max() > 0 and not gradient[:, 12:20].any()
     assert not torch.allclose(first[:, 12:20], second[:, 12:20])
 
 

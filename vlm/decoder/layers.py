@@ -9,18 +9,27 @@ Letters: B batch, T positions, D decoder width.
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHAttention, NemotronHForCausalLM, NemotronHMamba2Mixer
+from transformers.activations import ReLUSquaredActivation
+from transformers.models.nemotron_h.modeling_nemotron_h import (
+    NemotronHAttention,
+    NemotronHForCausalLM,
+    NemotronHMamba2Mixer,
+    NemotronHRMSNorm,
+)
 
 from .attention import HybridAttention
 from .layout import Layout
 from .mixer import Mamba2Mixer
+from .norm import HybridNorm
+from .squared_relu import HybridSquaredReLU
 from .state import DecoderState
 
 __all__ = ["run_layers", "take_over_mixers"]
 
 
 def take_over_mixers(language_model: NemotronHForCausalLM) -> dict[str, int]:
-    """Set our forward on every Mamba-2 and attention layer of this one model; returns how many of each kind."""
+    """Set our forward on every Mamba-2 and attention layer of this one model, its norms and activations; returns how many mixers of each
+    kind."""
     counts = {"mamba": 0, "attention": 0}
     for module in language_model.modules():
         if isinstance(module, NemotronHMamba2Mixer):
@@ -29,11 +38,15 @@ def take_over_mixers(language_model: NemotronHForCausalLM) -> dict[str, int]:
         elif isinstance(module, NemotronHAttention):
             HybridAttention.take_over(module)
             counts["attention"] += 1
+        elif isinstance(module, NemotronHRMSNorm):
+            HybridNorm.take_over(module)
+        elif isinstance(module, ReLUSquaredActivation):
+            HybridSquaredReLU.take_over(module)
     return counts
 
 
 def _run_block(block: nn.Module, hidden: Tensor, layout: Layout, state: DecoderState | None) -> Tensor:
-    normed = block.norm(hidden.to(block.norm.weight.dtype)).to(hidden.dtype)
+    normed = block.norm(hidden)
     if isinstance(block.mixer, Mamba2Mixer):
         mixed = block.mixer(normed, layout=layout, state=state)
     elif isinstance(block.mixer, HybridAttention):
@@ -74,5 +87,4 @@ def run_layers(
     if state is not None:
         valid = layout.valid
         state.append_slots(torch.ones(batch, length, dtype=torch.bool, device=hidden.device) if valid is None else valid)
-    norm = language_model.model.norm_f
-    return norm(hidden.to(norm.weight.dtype)).to(hidden.dtype)  # some releases give back the weight's dtype, wider than the layers'
+    return language_model.model.norm_f(hidden)

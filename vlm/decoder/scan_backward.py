@@ -87,7 +87,7 @@ def scan_backward(x, steps, A, B, C, D, segments, span: int, kept, grad_y, grad_
             if D is None or grad_x.dtype != given.dtype:
                 gx_block.copy_(grad_weighted)
         behind = F.pad(since[..., :-1].cumsum(-1), (1, 0))
-        grad_log = until.flip(-1).cumsum(-1).flip(-1) + behind + (throughout * decay.through)[..., None]
+        grad_log = decay.sum_behind(until) + behind + (throughout * decay.through)[..., None]
         piece.chunked(grad_steps).copy_((direct * decay.unfine + grad_log * A[:, None]).transpose(2, 3))
         grad_A += (grad_log * decay.steps).sum((0, 1, 3))
     return grad_steps, grad_A.to(A.dtype), grad_D, grad_state.view(batch, heads, width, size)

@@ -20,6 +20,14 @@ __all__ = ["Decay"]
 BITS_PER_NAT = 1.4426950408889634
 
 
+def _seen(visible: Tensor) -> Tensor:
+    """`visible` of a Decay -> (L, L) or (B, c, L, L) float64: 1 where position s (last) may be seen from l, else 0. A product with it is a
+    running sum to which what stands behind a border adds exact zeros; a running sum over the border, from which what had come together in
+    front of it is taken away, keeps some of it in its last digits."""
+    seen = (visible > 0).double()
+    return seen if seen.ndim == 2 else seen.squeeze(2)
+
+
 @dataclass(frozen=True)
 class Decay:
     """Decay within chunks. All (B, c, H, L), but for `through` (B, c, H) and `visible`; float32, or float64 if the scan is.
@@ -45,24 +53,18 @@ class Decay:
         """steps (B, c, H, L), A (H,); segments (B, c, L) integers or None, and before (B,), the segment in front of the first chunk."""
         span, dtype = steps.shape[-1], steps.dtype
         bits = steps.double() * (A.double() * BITS_PER_NAT)[:, None]
-        total = bits.cumsum(-1)
         visible = torch.full((span, span), float("inf"), dtype=dtype, device=steps.device).masked_fill_(
             torch.ones(span, span, dtype=torch.bool, device=steps.device).triu(1), float("-inf")
         )
         starts = ends = passes = None
         if segments is not None:
-            # 1. The sum starts anew at each border: take away what had come together in front of it.
-            places = torch.arange(span, device=steps.device).expand_as(segments)
-            is_first = torch.zeros_like(segments, dtype=torch.bool)
-            is_first[..., 1:] = segments[..., 1:] != segments[..., :-1]
-            latest = torch.where(is_first, places, 0).cummax(-1).values  # B c L
-            total -= (total - bits).gather(-1, latest[:, :, None].expand_as(total))
-            # 2. What a border hides.
+            # What a border hides.
             entering = torch.cat([before[:, None], segments[:, :-1, -1]], dim=1)  # B c: segment of the state before the chunk
             last = segments[..., -1:]
             visible = torch.where(segments[..., :, None] == segments[..., None, :], visible, float("-inf"))[:, :, None]
             starts, ends = (segments == entering[..., None])[:, :, None], (segments == last)[:, :, None]
             passes = entering[..., None] == last
+        total = bits.cumsum(-1) if segments is None else bits @ _seen(visible).mT
         coarse = total.to(dtype)
         fine = (total - coarse).to(dtype)
         unfine = torch.exp2(-fine)
@@ -71,6 +73,10 @@ class Decay:
         if segments is not None:
             from_start, to_end, through = from_start * starts, to_end.masked_fill_(~ends, 0.0), through * passes
         return cls(steps, coarse, fine, unfine, steps * unfine, from_start, through, to_end, visible)
+
+    def sum_behind(self, values: Tensor) -> Tensor:
+        """values (B, c, H, L) float64 -> for each position the sum over itself and what lies behind it in its sequence and chunk."""
+        return values @ _seen(self.visible)
 
     @classmethod
     def count(cls) -> int:
