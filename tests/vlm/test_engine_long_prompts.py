@@ -1,5 +1,7 @@
 """A prompt too long for one step is read over several, while the others go on: same answers, nothing read twice."""
 
+import random
+
 import pytest
 from PIL import Image
 
@@ -145,3 +147,43 @@ def test_memory_holds_while_parts_are_read(exact_model, tiny_processor, alone, m
         begun = max(begun, 0 if ticket.begun is None else ticket.begun.length)
         assert held + scheduler._held_bytes([ticket]) <= scheduler.budget_bytes
     assert ticket.answer.tokens == expected.tokens and (begun > 0) == in_parts
+
+
+@pytest.mark.parametrize("memory_bytes, least_in_parts", [(2**25, 9), (3 * 2**21, 3), (2**21, 0)])
+def test_mixes_with_long_prompts_are_answered_as_one_by_one(exact_model, tiny_processor, monkeypatch, memory_bytes, least_in_parts):
+    """Prompts of one part and of many, with common beginnings and without, arriving late, cancelled, going on in a conversation, while what
+    a step may read changes; with memory for all, for a few, and for no state twice. No memory is taken beyond it."""
+    draw = random.Random(7)
+    beginnings = [LONG, LONG[: len(LONG) // 2], "a short one. ", "another tale of two cities and a cat. " * 9]
+    requests = []
+    for number in range(30):
+        pictures = draw.choice([(), (PICTURES[0],), (PICTURES[1], PICTURES[0])])
+        wanted = {"score_texts": ("red", "a dozen")} if number % 7 == 0 else {}
+        requests.append(ask(f"{draw.choice(beginnings)}{draw.choice('abc')}", *pictures, max_new_tokens=draw.choice((1, 3, 9)), **wanted))
+    alone = [Engine(exact_model, tiny_processor, self_check=False, max_batch=1).generate([request])[0] for request in requests]
+    engine = Engine(exact_model, tiny_processor, max_batch=8, memory_bytes=memory_bytes, self_check=False)
+    tickets, in_parts = [], set()
+    while len(tickets) < len(requests) or not engine._scheduler.is_idle:
+        monkeypatch.setitem(TOKENS_A_STEP, "cpu", draw.choice((20, 60, 200)))
+        more = requests[len(tickets) : len(tickets) + draw.randint(0, 3)]
+        tickets += [engine.submit(request, keep=draw.random() < 0.3) for request in more]
+        if tickets and draw.random() < 0.1:
+            draw.choice(tickets).cancel()
+        engine.step()
+        scheduler = engine._scheduler
+        begun = [ticket for ticket in tickets if ticket.begun is not None]
+        in_parts |= {id(ticket) for ticket in begun}
+        assert len(begun) <= 1 and all(ticket is scheduler.waiting[0] for ticket in begun)
+        held = 0 if scheduler.slots is None else scheduler.slots.size_bytes()
+        assert held + scheduler._held_bytes(begun) <= scheduler.budget_bytes and engine.kept.bytes <= engine.kept.most_bytes
+    for ticket, expected in zip(tickets, alone, strict=True):
+        answer = ticket.answer
+        if expected.error is not None or answer.error is not None:
+            assert memory_bytes == 2**21 and "MB of state" in answer.error
+        elif answer.stop_reason == "cancelled":
+            assert answer.tokens == expected.tokens[: len(answer.tokens)]
+        else:
+            assert answer.tokens == expected.tokens
+            assert answer.scores == (expected.scores and pytest.approx(expected.scores, abs=1e-4))
+            assert 0 <= answer.shared_tokens < answer.prompt_tokens
+    assert len(in_parts) >= least_in_parts
