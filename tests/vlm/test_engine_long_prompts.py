@@ -1,13 +1,14 @@
 """A prompt too long for one step is read over several, while the others go on: same answers, nothing read twice."""
 
 import random
+import time
 
 import pytest
 from PIL import Image
 
 from vlm.engine import Engine, Request
 from vlm.engine.scheduler import TOKENS_A_STEP
-from vlm.engine.ticket import Ticket
+from vlm.engine.ticket import Begun, Ticket
 
 PICTURES = [Image.effect_noise((200, 64), 90).convert("RGB"), Image.effect_noise((64, 64), 90).convert("RGB")]
 LONG = "a long story about a red ball and a blue box. " * 12
@@ -62,28 +63,85 @@ def test_others_say_a_token_after_each_part(engine, alone, monkeypatch):
     tickets = [engine.submit(first)]
     monkeypatch.setattr(tickets[0], "take", lambda token: take(tickets[0], 50 if token == end else token))  # it never ends by itself
     engine.step()
+    submitted = time.monotonic()
     tickets += [engine.submit(long), engine.submit(last)]
     said = len(tickets[0].said)
     for steps in range(1, 5):
         engine.step()
         assert len(tickets[0].said) == said + steps and not tickets[1].said and tickets[1].begun.length > 40 * (steps - 1)
+        if steps == 1:
+            began = time.monotonic()
+            time.sleep(0.05)
     assert [ticket.result().text for ticket in tickets[1:]] == expected[1:]
+    # The wait ends when reading begins, and reading is part of the answer's time.
+    assert tickets[1].answer.waited_seconds <= began - submitted and tickets[1].answer.first_token_seconds > 0.05
     tickets[0].cancel()
     assert engine._scheduler.is_idle and tickets[1].begun is None
 
 
-def test_questions_about_one_long_text_share_what_was_begun_for_the_first(engine, alone, read, monkeypatch):
-    requests = [ask(f"{LONG}{word}", PICTURES[0]) for word in ("what colour?", "how many?", "where?", "who?")]
-    expected = [alone(request) for request in requests]
-    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 64)
+QUESTIONS = [f"{LONG}{word}" for word in ("what colour?", "how many?", "where?", "who?")]
+
+
+def test_questions_about_one_long_text_go_on_together_from_what_was_begun_for_the_first(engine, alone, read, monkeypatch):
+    requests = [ask(words, PICTURES[0]) for words in QUESTIONS]
+    expected = [alone(request).tokens for request in requests]
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 120)
+    waves, whole = [], engine._scheduler.prefill.read
+    monkeypatch.setattr(engine._scheduler.prefill, "read", lambda tickets, *rest: waves.append(len(tickets)) or whole(tickets, *rest))
     answers = engine.generate(requests)
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
-    assert sum(read) < answers[0].prompt_tokens + 4 * 64  # the text once, then the end of four questions
-    assert sorted(answer.shared_tokens > answer.prompt_tokens - 64 for answer in answers) == [False, True, True, True]
-    read.clear()
-    engine.max_batch = engine._scheduler.most_rows = 1  # each of them has to wait for the one before
-    assert [answer.tokens for answer in engine.generate(requests)] == [answer.tokens for answer in expected]
-    assert sum(read) < answers[0].prompt_tokens + 4 * 64
+    assert [answer.tokens for answer in answers] == expected and waves == [4]
+    assert sum(read) < answers[0].prompt_tokens + 4 * 20  # the text once, then the end of four questions
+    assert sorted(answer.shared_tokens > answer.prompt_tokens - 20 for answer in answers) == [False, True, True, True]
+
+
+def test_questions_that_have_to_wait_go_on_from_it_too(engine, alone, read, monkeypatch):
+    """One row: each waits for the one before."""
+    requests = [ask(words, PICTURES[0]) for words in QUESTIONS]
+    expected = [alone(request).tokens for request in requests]
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 120)
+    engine._scheduler.most_rows = 1
+    tickets = [engine.submit(request, keep=False) for request in requests]
+    while engine.step():
+        pass
+    assert [ticket.answer.tokens for ticket in tickets] == expected
+    assert sum(read) < tickets[0].answer.prompt_tokens + 4 * 80  # half a step is left of what was begun
+
+
+def test_nothing_is_begun_while_no_row_is_free(engine, monkeypatch):
+    """Those who run would stand still for one who cannot join them."""
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 40)
+    engine._scheduler.most_rows = 1
+    monkeypatch.setattr(engine._scheduler, "choose", lambda logits, rows: [50] * len(rows))
+    running = engine.submit(ask("short", max_new_tokens=4))
+    engine.step()
+    long = engine.submit(ask(LONG))
+    while running.answer is None:
+        assert long.begun is None
+        engine.step()
+    engine.step()
+    assert long.begun is not None
+    long.cancel()
+
+
+def test_one_that_begins_alike_and_differs_before_the_end_of_what_was_begun_reads_its_own(engine, alone, monkeypatch):
+    """And a prompt that ends where another's begun part does keeps a token to read."""
+    first, second = ask(LONG + "one two three four five six seven. " * 4), ask(LONG + "eight nine ten. " * 3)
+    expected = [alone(request).tokens for request in (first, second)]
+    monkeypatch.setitem(TOKENS_A_STEP, "cpu", 140)
+    waves, prefill = [], engine._scheduler.prefill
+    whole = prefill.read
+    monkeypatch.setattr(prefill, "read", lambda tickets, *rest: waves.append(prefill.plan(tickets)[1]) or whole(tickets, *rest))
+    tickets = [engine.submit(request, keep=False) for request in (first, second)]
+    assert [ticket.result().tokens for ticket in tickets] == expected
+    (found,) = waves
+    assert found[0] is not None and found[1] is None and found[0][0] < len(tickets[1].prompt)
+
+    ended, longer = (engine.submit(request, keep=False) for request in (ask("short"), ask("short and longer")))
+    longer.begun = Begun(None, len(ended.prompt), (), 0)
+    longer.prompt.identity[: len(ended.prompt)] = ended.prompt.identity
+    assert prefill._found(ended, [ended, longer]) is None and prefill._found(longer, [ended, longer]) == (len(ended.prompt), None)
+    for ticket in (ended, longer):
+        ticket.cancel()
 
 
 def test_a_conversation_goes_on_from_a_prompt_that_was_read_in_parts(engine, alone, read, monkeypatch):
