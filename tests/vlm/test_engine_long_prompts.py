@@ -4,19 +4,13 @@ import random
 import time
 
 import pytest
-from PIL import Image
+from engine_requests import PICTURES, ask
 
 from vlm.engine import Engine, Request
 from vlm.engine.scheduler import TOKENS_A_STEP
 from vlm.engine.ticket import Begun, Ticket
 
-PICTURES = [Image.effect_noise((200, 64), 90).convert("RGB"), Image.effect_noise((64, 64), 90).convert("RGB")]
 LONG = "a long story about a red ball and a blue box. " * 12
-
-
-def ask(words, *pictures, **settings):
-    parts = [{"type": "image", "image": picture} for picture in pictures]
-    return Request([{"role": "user", "content": [*parts, {"type": "text", "text": words}]}], **({"max_new_tokens": 8} | settings))
 
 
 @pytest.fixture

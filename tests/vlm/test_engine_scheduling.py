@@ -5,18 +5,12 @@ import threading
 
 import pytest
 import torch
+from engine_requests import PICTURES, ask
 from PIL import Image
 
 import vlm.engine.prefill as prefill_module
 from vlm.decoder.slots import Slots
-from vlm.engine import Engine, Request
-
-PICTURES = [Image.effect_noise((200, 64), 90).convert("RGB"), Image.effect_noise((64, 64), 90).convert("RGB")]
-
-
-def ask(words, *pictures, **settings):
-    parts = [{"type": "image", "image": picture} for picture in pictures]
-    return Request([{"role": "user", "content": [*parts, {"type": "text", "text": words}]}], **({"max_new_tokens": 8} | settings))
+from vlm.engine import Engine
 
 
 @pytest.fixture
