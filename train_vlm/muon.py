@@ -11,6 +11,8 @@ float32 takes 8 ms; and both leave convolutions out. It needs whole matrices, so
 import torch
 from torch import Tensor, nn
 
+from vision_encoders.gathering import gather_over_ranks
+
 __all__ = ["MuonAdamW", "is_muon_matrix", "orthogonalize", "share_out"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic, steepest at zero
@@ -24,20 +26,46 @@ def is_muon_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     """(m, n) -> (m, n) float32, about U V^T of the singular value decomposition U S V^T: singular values between 0.7 and 1.2."""
-    a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if is_tall else matrix).float()
     x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    within, directly = _products(*x.shape, iterations)
+    x = (_iterate_within_gram if within < directly else _iterate)(x, iterations)
     return x.T if is_tall else x
 
 
-def _iteration_cost(matrix: Tensor) -> int:
-    """Multiplications of one Newton-Schulz iteration."""
-    rows, columns = sorted((matrix.shape[0], matrix[0].numel()))
-    return rows * rows * (2 * columns + rows)
+def _iterate(x: Tensor, iterations: int) -> Tensor:
+    """The definition: x <- (a + b g + c g^2) x, where g = x x^T."""
+    a, b, c = COEFFICIENTS
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def _iterate_within_gram(x: Tensor, iterations: int) -> Tensor:
+    """The same without touching x in between: every iteration multiplies x by a polynomial p of its own g from the left, and turns g into
+    p g p. All of them are (m, m), and their product meets x once at the end."""
+    a, b, c = COEFFICIENTS
+    gram, factor = x @ x.T, None
+    for left in reversed(range(iterations)):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        factor = polynomial if factor is None else polynomial @ factor
+        if left:
+            gram = polynomial @ gram @ polynomial
+    return factor @ x
+
+
+def _products(rows: int, columns: int, iterations: int = 5) -> tuple[int, int]:
+    """Multiplications of all iterations on a wide matrix: within its Gram matrix, and directly."""
+    square, wide = rows**3, rows**2 * columns
+    return 2 * wide + (4 * iterations - 3) * square, iterations * (2 * wide + square)
+
+
+def _cost(matrix: Tensor) -> int:
+    """Multiplications that an update takes."""
+    return min(_products(*sorted((matrix.shape[0], matrix[0].numel()))))
 
 
 def share_out(costs: list[int], ranks: int) -> list[int]:
@@ -81,16 +109,15 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_matrices(self) -> None:
-        """Each rank makes the updates of its share of the matrices; a sum over ranks, zero elsewhere, gives all of them to everyone."""
+        """Each rank makes the updates of its share of the matrices and hears the others'."""
         pairs = [(group, p) for group in self.param_groups if group.get("kind") == "muon" for p in group["params"] if p.grad is not None]
         if not pairs:
             return
         is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
-        updates = torch.zeros(sum(p.numel() for _, p in pairs), dtype=torch.float32, device=pairs[0][1].device)
-        pieces = updates.split([p.numel() for _, p in pairs])
-        owners = share_out([_iteration_cost(parameter) for _, parameter in pairs], ranks)
-        for owner, (group, parameter), piece in zip(owners, pairs, pieces, strict=True):
+        owners = share_out([_cost(parameter) for _, parameter in pairs], ranks)
+        made = []
+        for owner, (group, parameter) in zip(owners, pairs, strict=True):
             state = self.state[parameter]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
@@ -98,10 +125,19 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum"].lerp_(gradient, 1.0 - group["momentum"])
             if owner == rank:
                 nesterov = gradient.lerp(state["momentum"], group["momentum"])
-                piece.copy_(orthogonalize(nesterov.flatten(1)).flatten())
-        if ranks > 1:
-            torch.distributed.all_reduce(updates)
-        for (group, parameter), piece in zip(pairs, pieces, strict=True):
+                made.append(orthogonalize(nesterov.flatten(1)).flatten())
+        for (group, parameter), update in zip(pairs, _told(made, owners, [p for _, p in pairs], rank, ranks), strict=True):
             scale = 0.2 * max(parameter.shape[0], parameter[0].numel()) ** 0.5
             parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-            parameter.add_(piece.view_as(parameter).to(parameter.dtype), alpha=-group["lr"] * scale)
+            parameter.add_(update.view_as(parameter).to(parameter.dtype), alpha=-group["lr"] * scale)
+
+
+def _told(made: list[Tensor], owners: list[int], parameters: list[Tensor], rank: int, ranks: int) -> list[Tensor]:
+    """The updates that this rank made -> all of them, in order, on every rank. One message a rank, all of one length."""
+    if ranks == 1:
+        return made
+    sizes = [[p.numel() for p, owner in zip(parameters, owners, strict=True) if owner == each] for each in range(ranks)]
+    unused = torch.zeros(max(map(sum, sizes)) - sum(sizes[rank]), dtype=torch.float32, device=parameters[0].device)
+    messages = gather_over_ranks(torch.cat([*made, unused]))
+    updates = [iter(message[: sum(own)].split(own)) for message, own in zip(messages, sizes, strict=True)]
+    return [next(updates[owner]) for owner in owners]

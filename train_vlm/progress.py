@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from vision_encoders.gathering import gather_over_ranks
+
 __all__ = ["Progress", "learning_rate_share", "share_from_first_rank"]
 
 
@@ -59,6 +61,4 @@ class Progress:
 
 def share_from_first_rank(value: float, device: torch.device) -> float:
     """Rank 0's value, on every rank."""
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
-    torch.distributed.broadcast(tensor, 0)
-    return tensor.item()
+    return gather_over_ranks(torch.tensor([float(value)], dtype=torch.float64, device=device))[0].item()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from train_vlm.recipe import Recipe
+from vision_encoders.gathering import gather_over_ranks
 from vlm.engine.allocation import keep_freed_memory
 
 __all__ = ["FailedElsewhereError", "on_first_rank", "start_deepspeed", "sum_over_ranks"]
@@ -45,9 +46,7 @@ def start_deepspeed(recipe: Recipe):
 
 def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The sum of a small tensor over all ranks, on the CPU."""
-    tensor = tensor.to(device)
-    torch.distributed.all_reduce(tensor)
-    return tensor.cpu()
+    return gather_over_ranks(tensor.to(device).flatten()).sum(0).view(tensor.shape).cpu()
 
 
 def on_first_rank(action: Callable):

@@ -8,13 +8,13 @@ the sample variance", eq. 2.1); the gradient goes through them on all ranks (Iof
 Letters: N tiles, C channels, R ranks.
 """
 
-import os
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from vision_encoders.gathering import gather_over_ranks
 
 __all__ = ["share_statistics", "trained_batch_norms"]
 
@@ -103,22 +103,6 @@ def shared_batch_norm(
     return _Normalize.apply(wide, mean, var, scale, shift, eps, number, counts).to(x.dtype), number
 
 
-def _of_ranks(own: Tensor) -> Tensor:
-    """own (n,) of every rank -> (R, n), in the order of the ranks.
-
-    Small and often: two in each layer, for which everybody waits. On a processor a rank that waits keeps its core awake: sleeping and
-    being woken takes longer than the message, and nobody has a use for the core."""
-    every = own.new_empty(dist.get_world_size(), len(own))
-    if own.is_cuda:
-        dist.all_gather(list(every.unbind(0)), own)
-        return every
-    work = dist.all_gather(list(every.unbind(0)), own, async_op=True)
-    while not work.is_completed():
-        os.sched_yield()
-    work.wait()  # for its errors
-    return every
-
-
 def _joined(x: Tensor, counts: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean and variance (C,) over the x (N, C, ...) of all ranks that counts, and over how many numbers (), or None; the same to the bit on
     each."""
@@ -128,7 +112,7 @@ def _joined(x: Tensor, counts: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     var = (x - _by_channel(mean, x)).square_().sum(others).div_(size)
     number = mean.new_full((1,), size if counts else 0)
     own = torch.cat([mean, var, number]).double()
-    means, variances, numbers = _of_ranks(own).split([len(mean), len(mean), 1], dim=1)  # R C, R C, R 1
+    means, variances, numbers = gather_over_ranks(own).split([len(mean), len(mean), 1], dim=1)  # R C, R C, R 1
     total = numbers.sum()
     if not counts and total == 0:  # a rank whose x counts need not ask, which on a GPU is waiting for the answer
         return mean, var, None
@@ -169,7 +153,7 @@ class _Normalize(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         of_x = gradient * _by_channel(scale, x)
         # 2. Through the statistics: those sums over all ranks, back to every x that counted.
-        sums = _of_ranks(torch.cat([of_weight, of_bias])).sum(0)
+        sums = gather_over_ranks(torch.cat([of_weight, of_bias])).sum(0)
         if ctx.counts:
             through_deviation, through_mean = (sums / ctx.number).chunk(2)
             slope = -scale * through_deviation * inverse

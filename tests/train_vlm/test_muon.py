@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from train_vlm import muon
 from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups
 from train_vlm.muon import MuonAdamW, is_muon_matrix, orthogonalize, share_out
 from train_vlm.recipe import Data, Optimizer, Parts, Recipe, RecipeError, Run, Source
@@ -19,6 +20,51 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape):
     off_diagonal = inner - torch.diag(inner.diagonal())
     assert off_diagonal.abs().max() < 1e-3
     assert 0.6 < inner.diagonal().min() and inner.diagonal().max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (40, 200), (128, 584)])
+@pytest.mark.parametrize("kind", ["of full rank", "of rank 5", "graded over eight decades"])
+def test_iterating_within_the_gram_matrix_is_iterating_on_the_matrix(shape, kind):
+    """The fast path beside the definition, in float64 to rounding, in float32 within a ten thousandth of the largest entries; a gradient
+    of few samples has a low rank, where the Gram matrix's own rounding is all that iterations find."""
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if kind == "of rank 5":
+        left = torch.randn(shape[0], 5, generator=generator, dtype=torch.float64)
+        matrix = left @ torch.randn(5, shape[1], generator=generator, dtype=torch.float64)
+    elif kind.startswith("graded"):
+        matrix = torch.logspace(0, -8, shape[0], dtype=torch.float64)[:, None] * matrix
+    matrix = matrix / matrix.norm()
+    expected = muon._iterate(matrix, 5)
+    torch.testing.assert_close(muon._iterate_within_gram(matrix, 5), expected, rtol=0.0, atol=1e-12)
+    found = muon._iterate_within_gram(matrix.float(), 5)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max() + 1e-5
+    torch.testing.assert_close(muon._iterate_within_gram(matrix, 1), muon._iterate(matrix, 1), rtol=0.0, atol=1e-14)
+
+
+def test_the_cheaper_way_is_taken(monkeypatch):
+    """Within the Gram matrix from one and a half times as wide as high, on either side; a square is iterated itself."""
+    taken = []
+    for name in ("_iterate", "_iterate_within_gram"):
+        monkeypatch.setattr(muon, name, lambda x, iterations, name=name: taken.append(name) or x)
+    for shape in ((64, 64), (64, 160), (160, 64)):
+        assert orthogonalize(torch.ones(shape)).shape == shape
+    assert taken == ["_iterate", "_iterate_within_gram", "_iterate_within_gram"]
+
+
+def test_every_rank_gets_all_updates_in_order(monkeypatch):
+    """Ranks own different sizes; a message of one is as long as the longest."""
+    parameters = [torch.zeros(2, 3), torch.zeros(4), torch.zeros(5), torch.zeros(1, 2)]
+    updates = [torch.full((p.numel(),), float(number)) for number, p in enumerate(parameters)]
+    owners, said = [1, 0, 2, 1], {}
+    monkeypatch.setattr(muon, "gather_over_ranks", lambda own: torch.stack([said.setdefault(rank, own)] * 4))
+    for rank in range(4):  # first what each says
+        muon._told([u for u, owner in zip(updates, owners, strict=True) if owner == rank], owners, parameters, rank, 4)
+    monkeypatch.setattr(muon, "gather_over_ranks", lambda own: torch.stack([said[each] for each in range(4)]))
+    for rank in range(4):
+        heard = muon._told([u for u, owner in zip(updates, owners, strict=True) if owner == rank], owners, parameters, rank, 4)
+        assert [each.tolist() for each in heard] == [each.tolist() for each in updates]
+    assert muon._told(updates, [0] * 4, parameters, 0, 1) is updates
 
 
 def test_first_step_is_the_scaled_orthogonalised_gradient_and_adamw_moves_the_rest():
