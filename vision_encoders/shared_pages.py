@@ -101,7 +101,7 @@ def open_pages(capacity: int) -> SharedPages | None:
             memory, seal = mmap.mmap(descriptor, size), secrets.token_bytes(16)
             memory[: len(seal)] = seal
             told = [(os.getpid(), descriptor, seal)]
-    except OSError:
+    except (OSError, AttributeError):
         memory = None
     dist.broadcast_object_list(told, 0)
     try:

@@ -9,6 +9,7 @@ import pytest
 
 from train_vlm.scenes import KINDS, caption, draw, make_scene, questions
 from train_vlm.scenes.balance import GQA_SHARES, LATE_TRAIN_SHARES, SHARES, TRAIN_SHARES, VIZWIZ_SHARES, Balance
+from train_vlm.scenes.build import SETS
 from train_vlm.scenes.candidates import candidates
 from train_vlm.scenes.captions import PLACES, caption_by_color, place_of
 from train_vlm.scenes.drawing import INK_RGB, RGB
@@ -30,7 +31,7 @@ def asked(request, scenes):
     """(kinds, [(scene, question)]) of 600 pictures; in training every other one has the shares of the second half."""
     sets = {
         "usual": ((SHARES,), 8),
-        "train": ((TRAIN_SHARES, LATE_TRAIN_SHARES), 8),
+        "train": ((TRAIN_SHARES, LATE_TRAIN_SHARES), SETS["train"].questions_per_picture),
         "gqa": ((GQA_SHARES,), 5),
         "vizwiz": ((VIZWIZ_SHARES,), 2),
     }

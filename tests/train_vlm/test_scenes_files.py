@@ -90,7 +90,7 @@ def test_tiles_of_every_set_come_in_the_promised_shares(folder):
         assert list(row["tiles_percent"].values()) == pytest.approx([65, 25, 10], abs=2.5)
 
 
-def test_llava_files_ask_eight_questions_a_picture_in_the_two_prompt_forms(folder):
+def test_llava_files_ask_ten_questions_a_picture_in_the_two_prompt_forms(folder):
     early, late, captions, kinds = (read(folder, f"train/{name}.json") for name in ("questions", "late_questions", "captions", "kinds"))
     assert [int(row["id"]) % 2 for row in early] == [1] * len(early) and [int(row["id"]) % 2 for row in late] == [0] * len(late)
     assert not any("logic" in kinds[row["id"]] for row in early) and sum("logic" in kinds[row["id"]] for row in late) > 0.9 * len(late)
@@ -103,9 +103,9 @@ def test_llava_files_ask_eight_questions_a_picture_in_the_two_prompt_forms(folde
         with Image.open(folder / "train" / row["image"]) as image:
             assert image.format == "JPEG"
         turns = row["conversations"]
-        assert [turn["from"] for turn in turns] == ["human", "gpt"] * 8
-        assert len(kinds[row["id"]]) == 8 and set(kinds[row["id"]]) <= set(KINDS)
-        assert [turn["value"].count("<image>\n") for turn in turns] == [1] + [0] * 15
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * 10
+        assert len(kinds[row["id"]]) == 10 and set(kinds[row["id"]]) <= set(KINDS)
+        assert [turn["value"].count("<image>\n") for turn in turns] == [1] + [0] * 19
         assert all(turn["value"].endswith(short) for turn in turns[::2])
         assert len({turn["value"].endswith(vizwiz) for turn in turns[::2]}) == 1
         forms[turns[0]["value"].endswith(vizwiz)] += 1

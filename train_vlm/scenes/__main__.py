@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on stderr for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m train_vlm.scenes", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to; files of an earlier run there are replaced")
-    parser.add_argument("--train", type=int, default=4000, help="training pictures, eight questions each (default %(default)s)")
+    parser.add_argument("--train", type=int, default=4000, help="training pictures, ten questions each (default %(default)s)")
     parser.add_argument("--heldout", type=int, default=1000, help="questions at least in each held-out set (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (default %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw (default %(default)s)")

@@ -46,7 +46,7 @@ SETS = {
     "heldout/vqav2": PictureSet("heldout/vqav2", "heldout/vqav2/val2014/COCO_val2014_%012d.jpg", 900_001, 5, SHARES, 0.0, 1024),
     "heldout/gqa": PictureSet("heldout/gqa", "heldout/gqa/images/%d.jpg", 2_400_001, 5, GQA_SHARES, 0.0, 1024),
     "heldout/vizwiz": PictureSet("heldout/vizwiz", "heldout/vizwiz/val/VizWiz_val_%08d.jpg", 0, 1, VIZWIZ_SHARES, 0.0, 1024),
-    "train": PictureSet("train", "train/images/%012d.jpg", 1, 8, TRAIN_SHARES, 1 / 3, 256, LATE_TRAIN_SHARES),
+    "train": PictureSet("train", "train/images/%012d.jpg", 1, 10, TRAIN_SHARES, 1 / 3, 256, LATE_TRAIN_SHARES),
 }
 
 

@@ -47,7 +47,7 @@ WORDS = (
 DIAMETER_PX = {"small": (12.5, 14.5), "large": (21.0, 24.0)}
 NUMBER_FONT_PX = (21, 22, 23, 24)  # digit height 14.7 to 16.8 px
 WORD_FONT_PX = (16, 17, 18)  # capital height 11.2 to 12.6 px, and the stroke
-PRINT_SHARE = 0.48  # of pictures that carry a number; as many, independently, carry a word
+PRINT_SHARE = 0.53  # of pictures that carry a number; as many, independently, carry a word
 
 # Number of objects and its weight, by the number of grid tiles.
 OBJECT_COUNTS = {1: ((1, 6), (2, 26), (3, 36), (4, 32)), 2: ((3, 25), (4, 30), (5, 30), (6, 15)), 4: ((4, 30), (5, 35), (6, 35))}
