@@ -193,17 +193,20 @@ def report(facts: dict, parameters: dict, rows: list[dict], contexts: dict) -> s
             "",
             "## Decoding, milliseconds a step",
             "",
-            "CPU time of one step for all rows; the state is filled with random numbers. *The rest*: the step less the time within its attention",
-            "layers. A model whose weights stay in the processor's cache (tiny's do) finds them there at short contexts and not behind the keys",
-            "of long ones, so that the rest grows by a part of attention's cost. *Without*: the same step with the attention layers left out.",
+            "CPU time of one step for all rows; the state is filled with random numbers. *The rest*: the step less the time within its",
+            "attention layers. A model whose weights stay in the processor's cache (tiny's do) finds them there at short contexts and not",
+            "behind the keys of long ones, so that the rest grows by a part of the cost of attention. *Without*: the same step with the",
+            "attention layers left out.",
             "",
         ]
-        lines += ["| model | rows | context | whole step | attention layers | the rest | without attention layers |", "|---|---|---|---|---|---|---|"]
+        lines += ["| model | rows | context | whole step | attention layers | the rest | without attention layers |"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for model, table in contexts.items():
             for entry in table:
-                whole, attention = entry["step_ms"], entry["attention_ms"]
+                whole, attention, without = entry["step_ms"], entry["attention_ms"], entry["without_ms"]
                 share = f"{attention:.2f} ({attention / whole:.0%})"
-                lines.append(f"| {model} | {entry['rows']} | {entry['context']} | {whole:.2f} | {share} | {whole - attention:.2f} | {entry['without_ms']:.2f} |")
+                case = f"{model} | {entry['rows']} | {entry['context']}"
+                lines.append(f"| {case} | {whole:.2f} | {share} | {whole - attention:.2f} | {without:.2f} |")
     return "\n".join(lines) + "\n"
 
 
