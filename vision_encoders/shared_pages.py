@@ -1,7 +1,7 @@
 """Messages between the processes of one host, through pages of memory that all of them see.
 
 gloo sends through sockets, by threads of its own. Where every core computes, those threads wait for their turn: a gather of 1.6 kB amid
-products takes 1 to 2 ms on two cores, 0.1 to 0.4 ms here (benchmarks/gather.py). BatchNorm over ranks asks for some thirty in a step (shared_statistics.py).
+products takes 1 to 2 ms on two cores, 0.1 to 0.4 ms here (benchmarks/gather.py). BatchNorm over ranks asks for some thirty in a step.
 
 Every rank has a number, how many messages it has left, and two places for them. It writes a message into one place, then its number, and
 reads the others' places once their numbers have come as far. The next message goes into the other place; before the first place is
