@@ -9,7 +9,7 @@ from vlm.checkpoint import load_model
 from vlm.decoder.serving import ServingDecoder
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384)
-STEPS = 12
+STEPS = 40
 
 
 def decode_times(folder: Path, rows: tuple[int, ...] = (1, 4)) -> list[dict]:
