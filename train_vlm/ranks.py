@@ -46,7 +46,7 @@ def start_deepspeed(recipe: Recipe):
 
 def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The sum of a small tensor over all ranks, on the CPU."""
-    return gather_over_ranks(tensor.to(device).flatten()).sum(0).view(tensor.shape).cpu()
+    return gather_over_ranks(tensor.to(device).flatten()).sum(0, dtype=tensor.dtype).view(tensor.shape).cpu()
 
 
 def on_first_rank(action: Callable):
