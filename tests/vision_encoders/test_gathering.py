@@ -1,18 +1,15 @@
 """Messages between ranks through shared pages are those through torch.distributed; see pages_on_ranks.py."""
 
-import json
-import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from started_ranks import found_on_ranks
 
 from vision_encoders.gathering import gather_over_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("pages_on_ranks.py")
 HAS_PAGES = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
 
@@ -20,14 +17,9 @@ HAS_PAGES = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64"
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("pages") / "found.json"
-    own = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", str(SCRIPT), str(out)],
-        env=own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    found = found_on_ranks(SCRIPT, 3, out)
     errors = {path.suffix[1:]: path.read_text() for path in out.parent.glob("found.[0-9]")}
-    return json.loads(out.read_text()), errors
+    return found, errors
 
 
 def test_every_rank_hears_what_every_rank_said(on_ranks):

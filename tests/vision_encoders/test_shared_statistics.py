@@ -1,30 +1,19 @@
 """BatchNorm over the tiles of two ranks equals BatchNorm over all of them in one process; see statistics_on_ranks.py."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from started_ranks import found_on_ranks
 from torch import nn
 
 from vision_encoders.shared_statistics import share_statistics, trained_batch_norms
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("statistics_on_ranks.py")
 
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
-    out = tmp_path_factory.mktemp("statistics") / "found.json"
-    own = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(out)],
-        env=own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return found_on_ranks(SCRIPT, 2, tmp_path_factory.mktemp("statistics") / "found.json")
 
 
 @pytest.mark.parametrize(
