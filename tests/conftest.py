@@ -63,3 +63,12 @@ def one_rank(tmp_path_factory):
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """A GPU that is not there (tests/pretend_gpu.py): cuda:1, while cuda:0 is the current one."""
+    from pretend_gpu import PretendGpu
+
+    with PretendGpu(monkeypatch) as gpu:
+        yield gpu

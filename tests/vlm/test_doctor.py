@@ -249,6 +249,14 @@ def test_an_unknown_dtype_is_refused(patient):
         list(examine(copy.deepcopy(patient[0]).to(torch.float8_e4m3fn), patient[1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_that_is_not_there_passes_every_check(dtype, pretend_gpu):
+    """Whole model, both directions, every way of packing and keeping: nothing is made or left on the wrong device."""
+    model, processor = small_model()
+    checks = list(examine(pretend_gpu.put(model.to(dtype)), processor))
+    assert failed(checks) == [] and len(checks) > 20
+
+
 @pytest.mark.gpu
 def test_a_cuda_device_passes_with_its_kernels():
     """Triton kernels where they are installed, other sums than the CPU's: the same checks hold in bfloat16."""

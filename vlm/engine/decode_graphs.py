@@ -5,6 +5,8 @@ rows nobody uses. What cannot be captured (a mixture of experts picks its expert
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,33 +20,62 @@ MOST_GRAPHS = 16
 STRETCH = 512
 
 
+@contextmanager
+def _states_as_they_were(decoder: ServingDecoder, slots: Slots, rows: int) -> Iterator[None]:
+    """What runs inside may move the recurrent states of the first `rows` rows: they stand as before at its end, however it ends. The slot
+    of keys and values that it writes is the next one of each row, which the step itself writes again."""
+    saved = decoder.slots(rows, 1)
+    parts = ((slots.convolution, saved.convolution), (slots.ssm, saved.ssm))
+    for part, copy in parts:
+        for layer, tensor in part.items():
+            copy[layer].copy_(tensor[:rows])
+    try:
+        yield
+    finally:
+        for part, copy in parts:
+            for layer, tensor in part.items():
+                tensor[:rows].copy_(copy[layer])
+
+
 class DecodeGraphs:
     """`decode` as `ServingDecoder.decode`, by replaying a graph where there can be one."""
 
     def __init__(self, decoder: ServingDecoder):
         self.decoder = decoder
         self.reason: str | None = None  # why steps are not captured
+        self._too_large: int | None = None  # the generation of buffers beside which there was no memory for graphs
         self._graphs: OrderedDict[tuple, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
+        self._pool = None
 
     def decode(self, tokens: Tensor, slots: Slots, span: int, *, even: bool = False) -> Tensor:
+        if self.reason is not None or self._too_large == slots.generation:
+            return self.decoder.decode(tokens, slots, span, even=even)
         rows = min(1 << (len(tokens) - 1).bit_length(), slots.rows)
         stretch = min(-(-span // STRETCH) * STRETCH, slots.span)
-        if self.reason is not None:
-            return self.decoder.decode(tokens, slots, span, even=even)
         key = (slots.generation, rows, stretch)
-        if key not in self._graphs:
-            try:
-                self._capture(key, slots, rows, stretch, tokens)
-            except RuntimeError as error:
-                self.reason = str(error).splitlines()[0]
-                self._graphs.clear()
-                torch.cuda.synchronize()
-                return self.decoder.decode(tokens, slots, span, even=even)
-        graph, given, logits = self._graphs[key]
-        self._graphs.move_to_end(key)
-        given[: len(tokens)] = tokens
-        graph.replay()
-        return logits[: len(tokens)].clone()
+        # The model's GPU need not be the process's current one, whose streams a capture would listen to.
+        with torch.cuda.device(tokens.device):
+            if key not in self._graphs:
+                try:
+                    self._capture(key, slots, rows, stretch, tokens)
+                except RuntimeError as error:
+                    self._give_up(error, slots)
+                    return self.decoder.decode(tokens, slots, span, even=even)
+            graph, given, logits = self._graphs[key]
+            self._graphs.move_to_end(key)
+            given[: len(tokens)] = tokens
+            graph.replay()
+            return logits[: len(tokens)].clone()
+
+    def _give_up(self, error: RuntimeError, slots: Slots) -> None:
+        """For good, or where memory was short until there are other buffers."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self._too_large = slots.generation
+        else:
+            self.reason = str(error).splitlines()[0]
+        self._graphs.clear()
+        self._pool = None
+        torch.cuda.synchronize()
 
     def _capture(self, key: tuple, slots: Slots, rows: int, stretch: int, tokens: Tensor) -> None:
         # Buffers of an earlier generation are gone, and with them the meaning of their graphs.
@@ -52,20 +83,17 @@ class DecodeGraphs:
             del self._graphs[old]
         if len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # one for all: they run in turns, and what comes out of one is copied at once
         given = torch.zeros(rows, dtype=torch.long, device=tokens.device)
-        saved = self.decoder.slots(rows, 1)  # the warm-up must not move the recurrent states; the slot it writes is written again
-        for part, copy in ((slots.convolution, saved.convolution), (slots.ssm, saved.ssm)):
-            for layer, tensor in part.items():
-                copy[layer].copy_(tensor[:rows])
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.decoder.decode(given, slots, stretch)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.decoder.decode(given, slots, stretch)
-        for part, copy in ((slots.convolution, saved.convolution), (slots.ssm, saved.ssm)):
-            for layer, tensor in part.items():
-                tensor[:rows].copy_(copy[layer])
+        with _states_as_they_were(self.decoder, slots, rows):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.decoder.decode(given, slots, stretch)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate meanwhile: one that opens pictures, another engine.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = self.decoder.decode(given, slots, stretch)
         self._graphs[key] = graph, given, logits

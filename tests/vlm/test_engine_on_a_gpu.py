@@ -1,0 +1,105 @@
+"""The engine's way on a GPU, on one that is not there (tests/pretend_gpu.py): a processor's answers, from captured steps and others."""
+
+import copy
+
+import pytest
+import torch
+from engine_requests import PICTURES, ask
+
+import vlm.engine.decode_graphs as decode_graphs
+from vlm.decoder.serving import ServingDecoder
+from vlm.engine import Engine
+
+REQUESTS = [
+    *(ask(f"question {number}", *PICTURES[: number % 3], max_new_tokens=4 + number) for number in range(5)),
+    ask("drawn", PICTURES[0], temperature=1.0, seed=7),
+    ask("scored", PICTURES[1], score_texts=("red", "a long answer of many words", "")),
+]
+
+
+@pytest.fixture(scope="module")
+def expected(exact_model, tiny_processor):
+    """(tokens, scores) of each, one by one on a processor."""
+    engine = Engine(exact_model, tiny_processor, self_check=False)
+    return [(answer.tokens, answer.scores) for request in REQUESTS for answer in engine.generate([request])]
+
+
+@pytest.fixture
+def engine(pretend_gpu, exact_model, tiny_processor):
+    return Engine(pretend_gpu.put(copy.deepcopy(exact_model)), tiny_processor)
+
+
+def agree(answers, expected):
+    assert [answer.error for answer in answers] == [None] * len(answers)
+    for answer, (tokens, scores) in zip(answers, expected, strict=True):
+        assert answer.tokens == tokens
+        assert (scores is None) == (answer.scores is None) and (scores is None or answer.scores == pytest.approx(scores))
+
+
+def test_captured_steps_give_a_processors_answers(engine, pretend_gpu, expected):
+    """On a GPU that is not the current one, as the second process of an evaluation has it."""
+    agree(engine.generate(REQUESTS), expected)
+    graphs = engine._scheduler.graphs
+    assert graphs.reason is None and len(graphs._graphs) > 1 and all(len(graph.noted) > 100 for graph, _, _ in graphs._graphs.values())
+    assert pretend_gpu.refused == []
+
+
+def test_requests_come_and_go_while_steps_are_replayed(engine, expected):
+    """Late arrivals take the rows that a graph has computed nonsense on, buffers are exchanged as more run, and one is cancelled."""
+    tickets = []
+    for request in REQUESTS:
+        tickets += [engine.submit(request), engine.submit(ask("gone", max_new_tokens=100))]
+        engine.step()
+        engine.step()
+        tickets.pop().cancel()
+    agree([ticket.result() for ticket in tickets], expected)
+    assert len({generation for generation, _, _ in engine._scheduler.graphs._graphs}) == 1  # those of older buffers are gone
+
+
+def test_a_conversation_goes_on_from_its_kept_state(engine, exact_model, tiny_processor):
+    first = ask("What is it?", PICTURES[0], max_new_tokens=6)
+    said = engine.submit(first).result()
+    second = ask("And?", max_new_tokens=6)
+    turns = [*first.messages, {"role": "assistant", "content": said.text}, *second.messages]
+    request = type(second)(turns, max_new_tokens=6)
+    answer = engine.submit(request).result()
+    alone = Engine(exact_model, tiny_processor, self_check=False).generate([request])[0]
+    assert answer.tokens == alone.tokens and answer.shared_tokens > 0 == alone.shared_tokens
+
+
+def test_few_graphs_are_kept(engine, expected, monkeypatch):
+    monkeypatch.setattr(decode_graphs, "MOST_GRAPHS", 2)
+    agree(engine.generate(REQUESTS), expected)
+    assert len(engine._scheduler.graphs._graphs) == 2
+
+
+def test_a_step_that_asks_the_host_runs_as_it_is(engine, pretend_gpu, expected, monkeypatch):
+    """It is found out behind the warm-up, which has moved every state by a token by then."""
+    plain = ServingDecoder.logits
+
+    def curious(self, hidden):
+        return plain(self, hidden) * float(hidden.isfinite().any())
+
+    monkeypatch.setattr(ServingDecoder, "logits", curious)
+    agree(engine.generate(REQUESTS), expected)
+    graphs = engine._scheduler.graphs
+    assert "_local_scalar_dense" in graphs.reason and not graphs._graphs and len(pretend_gpu.refused) == 1
+
+
+def test_without_memory_for_a_graph_steps_run_as_they_are_until_buffers_change(engine, expected, monkeypatch):
+    capture, tried = decode_graphs.DecodeGraphs._capture, []
+
+    def without_memory(self, key, *rest):
+        tried.append(key[0])
+        if key[0] == tried[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return capture(self, key, *rest)
+
+    monkeypatch.setattr(decode_graphs.DecodeGraphs, "_capture", without_memory)
+    first = engine.submit(REQUESTS[0])
+    engine.step()
+    agree([first.result()], expected[:1])
+    graphs = engine._scheduler.graphs
+    assert tried == [tried[0]] and not graphs._graphs and graphs.reason is None
+    agree(engine.generate(REQUESTS), expected)  # in larger buffers
+    assert len(set(tried)) > 1 and graphs._graphs
