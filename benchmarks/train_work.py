@@ -196,7 +196,7 @@ class Trainer:
         narrow = precision == "bfloat16"
         self.work = work = Work(folder, steps, dtype=torch.bfloat16 if narrow else torch.float32)
         work.prepare()
-        work.model.activation_checkpointing = lean
+        work.model.gradient_checkpointing = lean
         run = Run(steps=steps, zero_stage=1 if narrow else 0, precision=precision, threads_per_rank=torch.get_num_threads())
         recipe = Recipe(stage="sft", model=str(folder), out="", data=work.recipe.data, parts=work.parts, run=run)
         start_deepspeed(recipe)

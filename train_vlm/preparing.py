@@ -159,7 +159,7 @@ def prepare(recipe: Recipe) -> Prepared | None:
             print(f"{recipe.out} is finished already, by this recipe: nothing to do", flush=True)
         return None
     apply_parts(model, recipe.parts)
-    model.activation_checkpointing = recipe.run.activation_checkpointing
+    model.gradient_checkpointing = recipe.run.activation_checkpointing
     model.training = True
     reached = put_on_adapters(model, recipe.lora) if recipe.lora else None
     groups, costs = parameter_groups(model, recipe.parts, recipe.optimizer), count_costs(model)

@@ -77,7 +77,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         )
         self.language_model = NemotronHForCausalLM(config.text_config) if language_model is None else language_model
         take_over_mixers(self.language_model)
-        self.activation_checkpointing = False
+        self.gradient_checkpointing = False  # transformers' name for activation checkpointing, of the decoder
         self.post_init()
 
     def _init_weights(self, module):
@@ -121,11 +121,25 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        self.activation_checkpointing = True
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False):
+        """Of the decoder, keep the inputs of blocks only and compute the rest again in the backward pass. Raises ValueError for the ways
+        of transformers in which this model cannot: not every layer, activations on the host, settings of torch's checkpoint."""
+        settings = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        if settings != {"use_reentrant": False} or every_n_layers != 1 or offload:
+            raise ValueError(
+                f"activation checkpointing: found {settings}, {every_n_layers = }, {offload = }; expected use_reentrant=False of every "
+                "layer, without offload"
+            )
+        self.gradient_checkpointing = True
+
+    def activation_checkpointing_disable(self):
+        self.gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False):
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self):
-        self.activation_checkpointing = False
+        self.activation_checkpointing_disable()
 
     def encode_tiles(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (N, 3, H, W), normalised -> visual tokens (N, V, D)."""
@@ -198,7 +212,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             inputs_embeds = inputs_embeds.gather(1, rows[..., None].expand_as(inputs_embeds))
             layout, left_padding = Layout.rows(layout.lengths, length, inputs_embeds.device), shifts
         hidden = run_layers(
-            self.language_model, inputs_embeds, layout, state, activation_checkpointing=self.activation_checkpointing and self.training
+            self.language_model, inputs_embeds, layout, state, activation_checkpointing=self.gradient_checkpointing and self.training
         )
         if isinstance(left_padding, Tensor):
             rows = (torch.arange(length, device=hidden.device)[None] - left_padding[:, None]) % length

@@ -106,7 +106,7 @@ class Bench:
         model = self.fresh(parts)
         if recipe.run.precision == "bfloat16":
             model.to(torch.bfloat16)
-        model.activation_checkpointing = recipe.run.activation_checkpointing
+        model.gradient_checkpointing = recipe.run.activation_checkpointing
         if recipe.run.encoder_activation_checkpointing:
             checkpoint_encoder(model.vision_encoder)
         share_statistics(model.vision_encoder)

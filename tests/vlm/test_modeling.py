@@ -212,18 +212,33 @@ def test_wrong_calls_are_refused(exact_model, arguments, message):
         exact_model(**arguments)
 
 
-def test_activation_checkpointing_changes_no_gradient(exact_model, samples):
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_activation_checkpointing_changes_no_gradient(exact_model, samples, name, monkeypatch):
+    """By transformers' newer and older name, called as its Trainer does."""
     ids, labels, pixels = samples[0]
     expected = gradients(exact_model, exact_model(input_ids=ids, labels=labels, pixel_values=pixels).loss)
-    exact_model.gradient_checkpointing_enable()
+    runs = []
+    for block in exact_model.language_model.model.layers:
+        monkeypatch.setattr(
+            block.mixer, "forward", lambda *rest, _forward=block.mixer.forward, **more: runs.append(1) or _forward(*rest, **more)
+        )
+    getattr(exact_model, f"{name}_enable")(**{f"{name}_kwargs": None, "every_n_layers": 1, "offload": False})
     exact_model.training = True
     try:
         found = gradients(exact_model, exact_model(input_ids=ids, labels=labels, pixel_values=pixels).loss)
     finally:
-        exact_model.gradient_checkpointing_disable()
+        getattr(exact_model, f"{name}_disable")()
         exact_model.eval()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name])
+    assert len(runs) == 2 * len(exact_model.language_model.model.layers) and not exact_model.gradient_checkpointing
+    for parameter in expected:
+        torch.testing.assert_close(found[parameter], expected[parameter])
+
+
+@pytest.mark.parametrize("wish", [{"every_n_layers": 2}, {"offload": True}, {"activation_checkpointing_kwargs": {"use_reentrant": True}}])
+def test_ways_of_checkpointing_that_there_are_not_are_refused(tiny_model, wish):
+    with pytest.raises(ValueError, match="expected use_reentrant=False of every layer, without offload"):
+        tiny_model.activation_checkpointing_enable(**wish)
+    assert not tiny_model.gradient_checkpointing
 
 
 QUESTIONS = [
