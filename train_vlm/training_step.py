@@ -71,7 +71,7 @@ def forward_inputs(batch: dict, processor, device: torch.device, dtype: torch.dt
         "input_ids": batch["input_ids"].to(device),
         "labels": batch["labels"].to(device),
         "cu_seq_lens_q": batch["cu_seq_lens_q"],
-        "pixel_values": processor.image_processor.normalize_pixels(pixels).to(device, dtype=dtype),
+        "pixel_values": processor.image_processor.normalize_pixels(pixels.to(device)).to(dtype),
         "pixels_are_blank": is_blank,
     }
 

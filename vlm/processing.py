@@ -47,8 +47,8 @@ class VLMImageProcessor(BaseImageProcessor):
         return self.normalize_pixels(torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])))
 
     def normalize_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) with mean and std applied."""
-        mean, std = torch.tensor(self.image_mean)[:, None, None], torch.tensor(self.image_std)[:, None, None]
+        """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) with mean and std applied, on the same device: bytes are moved faster than floats."""
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.image_mean, self.image_std))
         planes = pixels.permute(0, 3, 1, 2).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return planes.div_(255.0).sub_(mean).div_(std)
 

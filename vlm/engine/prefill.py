@@ -17,13 +17,12 @@ from .kept_states import KeptStates
 from .memory import StateCost, rounded_span
 from .prompt import Prompt
 from .sharing import Piece, common_length, plan_pieces
+from .text_scores import score_texts
 from .ticket import Begun, Ticket
+from .tile_encoding import TileEncoder, keys_within
 
 __all__ = ["Prefill"]
 
-TILES_A_CALL = 128  # on a GPU
-CACHED_BYTES = 2**22  # on a CPU, as many tiles as keep the encoder's widest activation in the cache
-SCORES_A_CALL = 16
 LEAST_FAMILY = 4  # questions about one picture that are read in a call of their own, where states are large
 TOKENS_A_CALL = {"cpu": 2048, "cuda": 32768}  # packed together: bounds the activations, and on a CPU keeps them near
 
@@ -39,7 +38,7 @@ class Prefill:
     def __init__(self, model: VisionLanguageModel, processor: VLMProcessor, decoder: ServingDecoder, kept: KeptStates):
         self.model, self.processor, self.decoder, self.kept = model, processor, decoder, kept
         self.image_token_id = model.config.image_token_id
-        self._with_packed_weights = decoder.packed.within(model.vision_encoder, model.projector)
+        self._tiles = TileEncoder(model, processor, decoder.packed)
         self.cost = StateCost.of(decoder.language_model.config, decoder.weight.dtype)
 
     @property
@@ -92,7 +91,7 @@ class Prefill:
         begun = ticket.begun
         end = min([begun.length + most_tokens, len(prompt) - left, *(cut for cut in begun.wanted if cut > begun.length)])
         piece = Piece(0, begun.length, self._between_tiles(prompt, begun.length, end), None, 0, (0,), False)
-        self._read_together([(piece, 0)], [ticket], self._encode([ticket], [piece]), begun.state, None)
+        self._read_together([(piece, 0)], [ticket], self._tiles.encode([ticket], [piece]), begun.state, None)
         begun.length = piece.end
         if piece.end in begun.wanted:
             self.keep(prompt.identity[: piece.end], begun.state, 0)
@@ -122,7 +121,7 @@ class Prefill:
         span = rounded_span(max((pieces[index].end for index in inner), default=0))
         if self.cost.bytes(len(inner), span) > most_bytes:
             pieces, inner = [_whole(index, ticket, found[index]) for index, ticket in enumerate(tickets)], []
-        visual = self._encode(tickets, pieces)
+        visual = self._tiles.encode(tickets, pieces)
         places = {index: place for place, index in enumerate(inner)}
         nodes = self.decoder.slots(len(inner), span) if inner else None
         for depth in range(max((pieces[index].depth for index in inner), default=-1) + 1):
@@ -146,7 +145,7 @@ class Prefill:
         if nodes is not None:
             nodes.common = [None] * nodes.rows  # those who go on from these rows need not hold what these went on from
         logits = self.mask(self.decoder.logits(last))
-        self._score(tickets, logits, slots, rows)
+        score_texts(tickets, logits, slots, rows, model=self.model, processor=self.processor, decoder=self.decoder, mask=self.mask)
         return logits
 
     def mask(self, logits: Tensor) -> Tensor:
@@ -207,9 +206,7 @@ class Prefill:
         """Words and visual tokens, packed in the same order."""
         pieces = [piece for piece, _ in call]
         ids = [token for piece in pieces for token in tickets[piece.owner].prompt.ids[piece.start : piece.end]]
-        tiles = [key for piece in pieces for key in self._tile_keys(tickets[piece.owner], piece)]
-        order = torch.tensor([visual[1][key] for key in tiles], device=self.device, dtype=torch.long)
-        shown = visual[0].index_select(0, order) if tiles else None
+        shown = visual.of([key for piece in pieces for key in keys_within(tickets[piece.owner].prompt, piece)])
         embeddings = self.model.embed(torch.tensor([ids], device=self.device), visual_tokens=shown)[0]
         lengths = [piece.end - piece.start for piece in pieces]
         return self.decoder.prefill(embeddings, slots, [row for _, row in call], lengths, last_only=True, common=common)
@@ -230,35 +227,6 @@ class Prefill:
             targets.append(row)
         return by_source.values()
 
-    def _tile_keys(self, ticket: Ticket, piece: Piece) -> list[bytes]:
-        """Digests of the tiles that stand in this piece. A cut never goes through a tile: their first words differ."""
-        first, last = ticket.prompt.tile_starts.searchsorted((piece.start, piece.end))
-        return ticket.prompt.tile_keys[first:last]
-
-    def _encode(self, tickets: list[Ticket], pieces: list[Piece]) -> tuple[Tensor | None, dict[bytes, int]]:
-        """Visual tokens (N, V, D) of the distinct tiles in these pieces, and where each digest stands in them."""
-        numbers: dict[bytes, int] = {}
-        pixels = []
-        for piece in pieces:
-            ticket = tickets[piece.owner]
-            first = int(ticket.prompt.tile_starts.searchsorted(piece.start))
-            for offset, key in enumerate(self._tile_keys(ticket, piece)):
-                if key not in numbers:
-                    numbers[key] = len(pixels)
-                    pixels.append(ticket.prompt.pixels[first + offset])
-        if not pixels:
-            return None, numbers
-        step = TILES_A_CALL if self.device.type == "cuda" else self._tiles_in_cache()
-        normalize = self.processor.image_processor.normalize_pixels
-        calls = [torch.stack(pixels[start : start + step]) for start in range(0, len(pixels), step)]
-        with self._with_packed_weights:
-            return torch.cat([self.model.encode_tiles(normalize(call).to(self.device)) for call in calls]), numbers
-
-    def _tiles_in_cache(self) -> int:
-        """Patches x FFN width (four times the encoder's) x float32 for each tile."""
-        vision = self.model.config.vision_config
-        return max(1, CACHED_BYTES // ((vision.image_size // vision.patch_size) ** 2 * vision.hidden_size * 4 * 4))
-
     def keep(self, identity: np.ndarray, source: Slots, row: int) -> None:
         """Keep a copy of a row that has read the prefix with this identity. Where there is no memory for it, what was kept is given back
         instead: it is for speed alone, and no answer may be lost by it."""
@@ -271,32 +239,3 @@ class Prefill:
                 self.kept.keep(identity, state)
         except (MemoryError, RuntimeError):  # torch's lack of memory is a RuntimeError
             self.kept.clear()
-
-    def _score(self, tickets: list[Ticket], logits: Tensor, slots: Slots, rows: list[int]) -> None:
-        """Log-probabilities of the texts each request wants scored. The first token of a text is in `logits`; for the others its words are
-        read on from a fork of the row."""
-        wanted = []
-        first = {}
-        for place, ticket in enumerate(tickets):
-            if ticket.request.score_texts:
-                first[place] = logits[place].double().log_softmax(-1)
-                ticket.scores = {}
-                for text in ticket.request.score_texts:
-                    tokens = self.processor.renderer.encode_plain(text)
-                    ticket.scores[text] = float(first[place][tokens[0]]) if tokens else 0.0
-                    if len(tokens) > 1:
-                        wanted.append((place, text, tokens))
-        for start in range(0, len(wanted), SCORES_A_CALL):
-            some = wanted[start : start + SCORES_A_CALL]
-            lengths = [len(tokens) - 1 for _, _, tokens in some]
-            span = max(slots.counts[rows[place]] + length for (place, _, _), length in zip(some, lengths, strict=True))
-            forks = self.decoder.slots(len(some), span)
-            forks.fork(slots, [rows[place] for place, _, _ in some], list(range(len(some))))
-            ids = [token for _, _, tokens in some for token in tokens[:-1]]
-            hidden = self.decoder.prefill(
-                self.model.embed(torch.tensor([ids], device=self.device))[0], forks, list(range(len(some))), lengths
-            )
-            scores = self.mask(self.decoder.logits(hidden)).double().log_softmax(-1)
-            then = torch.tensor([token for _, _, tokens in some for token in tokens[1:]], device=self.device)
-            for (place, text, _), part in zip(some, scores.gather(1, then[:, None]).squeeze(1).split(lengths), strict=True):
-                tickets[place].scores[text] += float(part.sum())

@@ -12,9 +12,10 @@ import torch
 
 from ..decoder.serving import ServingDecoder
 from .memory import StateCost, rounded_span
-from .prefill import SCORES_A_CALL, Prefill
+from .prefill import Prefill
 from .sampling import choose_tokens
 from .sharing import LEAST_SHARED_TOKENS, common_length
+from .text_scores import SCORES_A_CALL
 from .ticket import Ticket
 
 __all__ = ["Scheduler"]

@@ -32,7 +32,7 @@ def check_forked_answer(model: VisionLanguageModel, processor: VLMProcessor, dec
         for text in ("What is this?", "How many?")
     ]
     device = decoder.weight.device
-    visual = model.encode_tiles(processor.image_processor.normalize_pixels(prepared[0].pixels).to(device))
+    visual = model.encode_tiles(processor.image_processor.normalize_pixels(prepared[0].pixels.to(device)))
     ids = [torch.tensor(each.rendered.input_ids, device=device) for each in prepared]
     prefix = prepared[0].rendered.prefix_tokens
 
