@@ -79,7 +79,7 @@ def build_parser(task: str) -> argparse.ArgumentParser:
                          "each is listed (default %(default)s)")  # fmt: skip
     asking.add_argument("--ranks", type=int, help="answer with so many processes of this machine; torchrun and deepspeed work too")
     asking.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
-    asking.add_argument("--device", help="e.g. cuda, cpu; with several processes each takes the GPU of its rank")
+    asking.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, of its rank)")
     asking.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default the checkpoint's")
     asking.add_argument("--quantize", choices=("int8",), help="weight-only quantised decoder; compare.py tells what it costs in score")
     asking.add_argument("--on-drift", choices=("refuse", "warn", "ignore"), default="refuse",
@@ -150,7 +150,7 @@ def _predict(task: str, args, load_engine) -> int:
         "questions_sha256": file_sha256(files.questions),
         "dtype": args.dtype,
         "quantize": args.quantize,
-        "device": args.device,
+        "device": args.device or rank.device(None).partition(":")[0],
         "versions": versions(),
     }
     outcome = predict(task, questions, lambda: load_engine(args), args.out, settings, identity=identity, rank=rank)

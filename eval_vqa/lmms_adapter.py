@@ -85,6 +85,7 @@ def _model_class() -> type:
 
             settings = {name: int(value) for name, value in (("max_batch", max_batch), ("max_tokens", max_tokens)) if value is not None}
             settings["on_drift"] = on_drift
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             self.engine = Engine.from_pretrained(pretrained, device=device, dtype=dtype and getattr(torch, dtype), **settings)
             self.device = next(self.engine.model.parameters()).device
             self.batch_size = batch_size

@@ -36,13 +36,15 @@ class Rank:
         if self.parent is not None and os.getppid() != self.parent:
             raise KeyboardInterrupt
 
-    def device(self, wanted: str | None) -> str | None:
-        """The GPU of this rank where several share a machine with GPUs; else what was asked for."""
-        if self.world == 1 or wanted not in (None, "cuda"):
+    def device(self, wanted: str | None) -> str:
+        """What was asked for; where nothing was, the GPU of this rank if there is one, else "cpu"."""
+        if wanted not in (None, "cuda"):
             return wanted
         import torch
 
-        return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else wanted
+        if not torch.cuda.is_available():
+            return wanted or "cpu"
+        return f"cuda:{self.local % torch.cuda.device_count()}" if self.world > 1 else "cuda"
 
 
 def tell(line: str) -> None:

@@ -178,6 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no {path.name} in {options.folder}; expected the folder named by a run that stopped, and one of its ranks"
             )
         model, processor = _as_it_trained(options.folder)
+        if torch.cuda.is_available():  # where it trained: a fault of a kernel is nowhere else
+            model.to("cuda")
         batches = torch.load(path, weights_only=True)
         print(_text(examine_batches(model, model, batches, processor, gradients="all")))
         return 0

@@ -41,7 +41,7 @@ def random_states() -> dict:
     """Of every generator that a step may draw from, on this rank."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of its own GPU, however many others it sees
         "numpy": np.random.get_state(),
         "python": random.getstate(),
     }
@@ -49,8 +49,8 @@ def random_states() -> dict:
 
 def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.cuda.is_available() and torch.is_tensor(states["cuda"]):
+        torch.cuda.set_rng_state(states["cuda"])
     np.random.set_state(states["numpy"])
     random.setstate(states["python"])
 

@@ -51,6 +51,22 @@ class _Finding:
         return min(((value, product) for product, value in self.decibels.items() if value is not None), default=(MOST_DB, PRODUCTS[0]))
 
 
+class _Heard(torch.autograd.Function):
+    """apply(output, rows, hear) -> output; in the backward pass hear(rows, its gradient). The rows are saved as autograd saves, so that
+    activation checkpointing drops them and makes them again: held in a hook, those of every layer would stand in memory at once."""
+
+    @staticmethod
+    def forward(ctx, output, rows, hear):
+        ctx.save_for_backward(rows)
+        ctx.hear = hear
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.hear(*ctx.saved_tensors, gradient)
+        return gradient, None, None
+
+
 class Fp8Guard:
     """`begin` before a step, `end` after it, with the step's number from 1; both on every rank. `put_back`: names of layers that went back,
     in order; give them to `restore` when a run goes on."""
@@ -94,15 +110,16 @@ class Fp8Guard:
             share, count = noise_shares(reference, found, dim)
             entry[0], entry[1] = entry[0] + share, entry[1] + count
 
-    def _measure_output(self, name: str, layer: nn.Module, rows: Tensor, output: Tensor) -> None:
-        """rows (T, K), output (T, N). Called inside the layer's forward pass, where an engine has its weight gathered."""
+    def _measure_output(self, name: str, layer: nn.Module, rows: Tensor, output: Tensor) -> Tensor:
+        """rows (T, K), output (T, N) -> that output. Called inside the layer's forward pass, where an engine has its weight gathered."""
         self._calls[name] += 1
         with torch.no_grad():
             self._add(name, "output", F.linear(rows, layer.weight), output)
-        if output.requires_grad:
-            output.register_hook(partial(self._measure_gradients, name, layer, rows.detach(), rows.requires_grad))
+        if not output.requires_grad:
+            return output
+        return _Heard.apply(output, rows.detach(), partial(self._measure_gradients, name, layer, rows.requires_grad))
 
-    def _measure_gradients(self, name: str, layer: nn.Module, rows: Tensor, passes_on: bool, gradient: Tensor) -> None:
+    def _measure_gradients(self, name: str, layer: nn.Module, passes_on: bool, rows: Tensor, gradient: Tensor) -> None:
         """gradient (T, N). Called in the backward pass when it reaches the layer, whose weight is gathered again."""
         if self._sums is None:
             return
@@ -180,8 +197,9 @@ def _decibels(name: str, shares: dict[tuple[str, str, int], float]) -> dict[str,
     return result
 
 
-def start_fp8(model: nn.Module, settings: Fp8) -> Fp8Guard | None:
-    """Convert the decoder of a vision-language model, in place, when the recipe says so; call it before an engine is started.
+def start_fp8(model: nn.Module, settings: Fp8, *, on_gpu: bool = True) -> Fp8Guard | None:
+    """Convert the decoder of a vision-language model, in place, when the recipe says so; call it before an engine is started. `on_gpu`:
+    whether it will run on the GPU, if there is one.
 
     Raises ImportError without torchao, ValueError when no layer can be converted.
     """
@@ -189,6 +207,6 @@ def start_fp8(model: nn.Module, settings: Fp8) -> Fp8Guard | None:
         return None
     report = convert_to_fp8(
         model.language_model, skip_first=settings.skip_first, skip_last=settings.skip_last,
-        compiled=settings.compile and has_fp8_units(),
+        emulate=not (on_gpu and has_fp8_units()), compiled=settings.compile and on_gpu and has_fp8_units(),
     )  # fmt: skip
     return Fp8Guard(report, settings)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import traceback
 import warnings
 
 import torch
@@ -36,6 +37,21 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of a recipe key, such as run.steps=100")
     options = parser.parse_intermixed_args(arguments)
     warnings.filterwarnings("ignore", module="deepspeed")
+    from train_vlm.ranks import end_ranks
+
+    code = 1
+    try:
+        code = _run(stage, options)
+    except Exception:  # said here, for a rank of several may not come back from its end
+        traceback.print_exc()
+        code = 1
+    finally:
+        end_ranks(code)
+    return code
+
+
+def _run(stage: str, options: argparse.Namespace) -> int:
+    """Exit code of a run; other errors than those expected are the caller's."""
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if recipe.stage != stage:
@@ -64,6 +80,3 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         _tell(stage, error)
         return 3
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

@@ -25,7 +25,7 @@ from train_vlm.freezing import apply_parts, make_optimizer, parameter_groups, pa
 from train_vlm.kept_precision import widen_kept
 from train_vlm.ledger import Ledger
 from train_vlm.perplexity import text_windows
-from train_vlm.ranks import on_first_rank
+from train_vlm.ranks import on_first_rank, trains_on_gpu
 from train_vlm.reading import SampleStream, worker_settings
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import Standing, Start, look_for_start
@@ -166,7 +166,7 @@ def prepare(recipe: Recipe) -> Prepared | None:
     if recipe.run.encoder_activation_checkpointing:  # costs come first: counted on shapes, without what is made again
         checkpoint_encoder(model.vision_encoder)
     parts = parts_table(model, recipe.parts, groups) + (f"\n{reached}" if reached else "")
-    fp8 = start_fp8(model, recipe.fp8)
+    fp8 = start_fp8(model, recipe.fp8, on_gpu=trains_on_gpu())
     parts += f"\n{fp8.report.summary()}" if fp8 else ""
     batch_norms = len(trained_batch_norms(model.vision_encoder))
     recipe = _fitted(recipe, stream, costs, ranks, rank_blind=batch_norms > 0)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from train_vlm.quickstart_report import print_scores, write_report
-from train_vlm.quickstart_steps import ROOT, Step, run_steps
+from train_vlm.quickstart_steps import ROOT, Step, accelerator, run_steps
 from train_vlm.recipe import load_recipe
 from train_vlm.run_lock import only_one
 from train_vlm.scenes.llava_files import SHORT_ANSWER, VIZWIZ_SHORT_ANSWER
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     import torch
 
-    ranks = options.ranks or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    ranks = options.ranks or (torch.cuda.device_count() if accelerator() == "cuda" else min(2, os.cpu_count() or 1))
     pictures = options.pictures or int(min(40000, max(2000, 600 * options.minutes)))
     started = time.monotonic()
     try:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ import psutil
 from train_vlm.ending_together import STARTED_BY, tied
 from vlm.files import write_whole
 
-__all__ = ["ROOT", "Step", "run_steps"]
+__all__ = ["ROOT", "Step", "accelerator", "run_steps"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,9 +71,30 @@ class _PeakMemory(threading.Thread):
         return self.peak_bytes
 
 
+@cache
+def accelerator() -> str:
+    """What the quickstart trains on: DS_ACCELERATOR, else "cuda" where torch finds a GPU it can use, else "cpu"."""
+    import torch
+
+    return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _on_chosen_gpus(command: tuple[str, ...]) -> tuple[str, ...]:
+    """A launch of N ranks on the first N of CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher takes away when it is told a number of GPUs.
+    Raises RuntimeError where they are not N, or not told by their numbers."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "--num_gpus" not in command or told is None or accelerator() != "cuda":
+        return command
+    place = command.index("--num_gpus")
+    ranks, chosen = int(command[place + 1]), [word.strip() for word in told.split(",")]
+    if len(chosen) < ranks or not all(word.isdigit() for word in chosen[:ranks]):
+        raise RuntimeError(f"CUDA_VISIBLE_DEVICES is {told!r}; expected {ranks} or more numbers of GPUs, one for each rank (--ranks)")
+    return (*command[:place], "--include", f"localhost:{','.join(chosen[:ranks])}", *command[place + 2 :])
+
+
 def _environment(side_by_side: int) -> dict:
     environment = dict(os.environ) | {STARTED_BY: str(os.getpid())}
-    environment.setdefault("DS_ACCELERATOR", "cuda" if shutil.which("nvidia-smi") else "cpu")
+    environment["DS_ACCELERATOR"] = accelerator()
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large buffers in large pages
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -116,7 +138,7 @@ def run_steps(steps: list[Step], out: Path) -> dict[str, dict]:
         running = []
         (out / "logs").mkdir(parents=True, exist_ok=True)
         for place, command in enumerate(step.commands):
-            command = tuple(part.replace("{free_port}", _free_port()) for part in command)
+            command = _on_chosen_gpus(tuple(part.replace("{free_port}", _free_port()) for part in command))
             print(f"    {shlex.join(_short(part) for part in command)}", flush=True)
             log = out / "logs" / (step.name.replace(": ", "-") + (f"-{place}" if len(step.commands) > 1 else "") + ".log")
             # One command: its bar is shown. Several side by side: their output goes to files, or they would write over each other.

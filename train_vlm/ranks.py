@@ -5,6 +5,7 @@ decides, and the others hear it.
 """
 
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from train_vlm.recipe import Recipe
 from vision_encoders.gathering import gather_over_ranks
 from vlm.engine.allocation import keep_freed_memory
 
-__all__ = ["FailedElsewhereError", "on_first_rank", "start_deepspeed", "sum_over_ranks"]
+__all__ = ["FailedElsewhereError", "end_ranks", "on_first_rank", "start_deepspeed", "sum_over_ranks", "trains_on_gpu"]
 
 
 class FailedElsewhereError(RuntimeError):
@@ -22,26 +23,51 @@ class FailedElsewhereError(RuntimeError):
 
 def start_deepspeed(recipe: Recipe):
     """Import and initialise DeepSpeed; returns (deepspeed, rank, world size, local device)."""
-    if not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError as error:
         raise ImportError("training needs DeepSpeed: pip install 'nemotron-h-vision[train]'") from error
+    on_gpu = trains_on_gpu()
+    if on_gpu and not has_gpu:
+        raise ValueError(
+            "DS_ACCELERATOR is cuda, and torch finds no GPU it can use: nvidia-smi says why; DS_ACCELERATOR=cpu trains without"
+        )
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         os.environ.setdefault(name, default)
-    if not torch.cuda.is_available():
+    local = int(os.environ["LOCAL_RANK"])
+    if on_gpu:  # what ranks say to each other before there is an engine goes over their own GPU
+        torch.cuda.set_device(local)
+    else:
         # The shared-memory kernel is for inference only, and building it takes most of a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         keep_freed_memory()  # a step's tensors come again with the next
         torch.set_num_threads(recipe.run.threads_per_rank or max(1, cores // int(os.environ["WORLD_SIZE"])))
-    else:  # what ranks say to each other before there is an engine goes over their own GPU
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    return deepspeed, rank, world_size, device
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    return deepspeed, torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def trains_on_gpu() -> bool:
+    """DeepSpeed's word counts: DS_ACCELERATOR=cpu keeps a run off the GPU beside it."""
+    from deepspeed import get_accelerator
+
+    return get_accelerator().device_name() == "cuda"
+
+
+def end_ranks(code: int) -> None:
+    """Leave the other ranks, at the end of the program, whose exit code this is. A rank of several that fails on GPUs leaves at once, and
+    the launcher ends the others: NCCL would wait for them, and they wait for this one, in a collective that it will never join."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if code and torch.distributed.get_backend() == "nccl" and torch.distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    torch.distributed.destroy_process_group()
 
 
 def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

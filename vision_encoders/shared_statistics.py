@@ -145,11 +145,12 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, gradient):
         x, mean, var, weight = ctx.saved_tensors
         # 1. With fixed statistics: the sums over this rank's x for weight and bias, and gradient * weight / deviation.
-        gradient = gradient.contiguous(memory_format=_format(x))
+        gradient, inverse = gradient.contiguous(memory_format=_format(x)), (var + ctx.eps).rsqrt()
+        # A GPU takes the statistics from the saved ones and reads the weight's dtype even where only sums are wanted.
+        unit = torch.ones_like(mean) if weight is None else weight
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+            gradient, x, unit, mean, var, mean, inverse, False, ctx.eps, [False, True, True]
         )
-        inverse = (var + ctx.eps).rsqrt()
         scale = inverse if weight is None else inverse * weight
         of_x = gradient * _by_channel(scale, x)
         # 2. Through the statistics: those sums over all ranks, back to every x that counted.

@@ -34,12 +34,12 @@ class Fp8Linear(Float8Linear):
     """Made from torchao's Float8Linear by `take_over`; its parameters stay the same objects.
 
     uses_fp8: False puts the layer back to its own precision, at once and without a trace in the state dict. meter: None, or called in the
-    forward pass as meter(layer, rows (T, K), output (T, N)), the output without bias.
+    forward pass as meter(layer, rows (T, K), output (T, N)), the output without bias; what it returns is the output.
     """
 
     uses_fp8: bool = True
     compiled: bool = False
-    meter: Callable[["Fp8Linear", Tensor, Tensor], None] | None = None
+    meter: Callable[["Fp8Linear", Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def take_over(cls, layer: Float8Linear, *, compiled: bool = False) -> None:
@@ -61,7 +61,7 @@ class Fp8Linear(Float8Linear):
         rows = input.reshape(-1, self.in_features)  # T K
         output = self.product(rows, self.weight)  # T N
         if self.meter is not None:
-            self.meter(self, rows, output)
+            output = self.meter(self, rows, output)
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return output.reshape(*input.shape[:-1], self.out_features)

@@ -11,6 +11,13 @@ from vlm.decoder import kernels, ssd
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What is installed is asked once a process."""
+    yield
+    kernels._import_error.cache_clear()
+
+
 def failed(scan, dtype=torch.float32):
     return {name for name, _, ok in kernels.findings(scan, CPU, dtype) if not ok}
 
@@ -24,6 +31,32 @@ def test_it_passes_where_gradients_are_off():
     """The first scan of a process may be that of `generate`: a probe that cannot go backwards there would turn the kernel off for good."""
     with torch.inference_mode():
         assert failed(ssd.plain_scan) == set()
+
+
+def test_it_passes_inside_a_checkpointed_block():
+    """The first scan of a training run with activation checkpointing stands there: torch's hooks would run the block again from within the
+    probe's backward pass, the probe would fail, and the step with it."""
+    found = []
+
+    def block(x):
+        if not found:
+            found.append(failed(ssd.plain_scan, torch.bfloat16))
+        return (x * 2).sin()
+
+    x = torch.ones(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert found == [set()] and torch.allclose(x.grad, 2 * torch.cos(torch.tensor(2.0)))
+
+
+def test_it_leaves_the_precision_of_products_as_it_was():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        seen = []
+        kernels.findings(lambda *rest, **settings: seen.append(torch.get_float32_matmul_precision()), CPU, torch.float32)
+        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def without_borders(*args, seq_idx=None, **settings):
@@ -86,7 +119,8 @@ def install(monkeypatch, kernel):
     modules["mamba_ssm.ops.triton.ssd_combined"].mamba_chunk_scan_combined = kernel
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(kernels, "_triton_findings", lambda device: tuple(kernels.findings(kernels._triton, CPU, torch.bfloat16)))
+    monkeypatch.setattr(kernels, "_triton_findings", lambda device, dtype: tuple(kernels.findings(kernels._triton, CPU, dtype)))
+    kernels._import_error.cache_clear()
 
 
 def test_an_installed_kernel_is_used_after_its_probe(monkeypatch):
@@ -102,6 +136,7 @@ def test_an_installed_kernel_is_used_after_its_probe(monkeypatch):
     cuda = torch.device("cuda")
     assert kernels.choice(cuda) == "triton" and "Triton" in kernels.describe(cuda)
     assert kernels.fast_scan(cuda, torch.float32) is None
+    assert kernels.fast_scan(cuda, torch.float16) is kernels._triton
     scan = kernels.fast_scan(cuda, torch.bfloat16)
     inputs = kernels._inputs(70, CPU, torch.bfloat16, borders=(3, 40))
     expected = ssd.plain_scan(**inputs, chunk_size=48)
@@ -114,11 +149,24 @@ def test_a_kernel_that_fails_its_probe_is_not_used(monkeypatch):
     install(monkeypatch, without_borders)
     cuda = torch.device("cuda")
     assert kernels.choice(cuda) == "torch" and kernels.fast_scan(cuda, torch.bfloat16) is None
-    assert "fails its probe (seq_idx" in kernels.describe(cuda)
+    assert "fails its probe (bfloat16: seq_idx" in kernels.describe(cuda)
+
+
+def test_a_kernel_that_fails_in_one_dtype_is_used_in_the_other(monkeypatch):
+    def kernel(x, *args, seq_idx=None, **settings):
+        return ssd.plain_scan(x, *args, seq_idx=None if x.dtype == torch.float16 else seq_idx, **settings)
+
+    install(monkeypatch, kernel)
+    cuda = torch.device("cuda")
+    assert kernels.fast_scan(cuda, torch.float16) is None and kernels.fast_scan(cuda, torch.bfloat16) is kernels._triton
+    said = kernels.describe(cuda)
+    assert said.startswith("mamba-ssm's Triton kernels for bfloat16, plain") and "fails its probe (float16: seq_idx" in said
+    assert len([name for name, _, ok in kernels.probe(cuda) if not ok and name.startswith("mamba-ssm")]) > 0
 
 
 def test_a_missing_kernel_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    kernels._import_error.cache_clear()
     assert "pip install 'nemotron-h-vision[cuda]'" in kernels.describe("cuda")
     assert kernels.choice("cuda") == "torch"
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import vlm.decoder.short_convolution as short_convolution
-from vlm.decoder.short_convolution import ShortConvolution
+from vlm.decoder.short_convolution import Borders, ShortConvolution
 
 CHANNELS = 6
 LENGTHS = (1, 40, 2, 3, 90, 1, 1, 33)
@@ -37,7 +37,7 @@ def test_values_and_gradients_equal_torch(taps, silu, with_bias):
     bias = torch.randn(CHANNELS, requires_grad=True) if with_bias else None
     inputs = [tensor for tensor in (x, weight, bias) if tensor is not None]
     weights = torch.randn(x.shape)
-    found, expected = ShortConvolution.apply(x, weight, bias, LENGTHS, silu), stock(x, weight, bias, LENGTHS, silu)
+    found, expected = ShortConvolution.apply(x, weight, bias, Borders(LENGTHS, taps, x.device), silu), stock(x, weight, bias, LENGTHS, silu)
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, inputs, weights), torch.autograd.grad(expected, inputs, weights), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -55,7 +55,7 @@ def test_nothing_of_a_neighbour_comes_over_a_border(value):
     results = []
     for tensor in (x, spoiled):
         tensor = tensor.clone().requires_grad_()
-        y = ShortConvolution.apply(tensor, weight, bias, (10, 10, 10), True)
+        y = ShortConvolution.apply(tensor, weight, bias, Borders((10, 10, 10), 4, x.device), True)
         (gradient,) = torch.autograd.grad(torch.cat([y[rows] for rows in kept]).sum(), tensor)
         results.append([y[rows].detach() for rows in kept] + [gradient[rows] for rows in kept])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -66,7 +66,7 @@ def test_half_precision_is_summed_in_float32():
     x = torch.randn(sum(LENGTHS), CHANNELS).bfloat16().requires_grad_()
     weight, bias = torch.randn(CHANNELS, 4).bfloat16().requires_grad_(), torch.randn(CHANNELS).bfloat16().requires_grad_()
     wide = [tensor.detach().float().requires_grad_() for tensor in (x, weight, bias)]
-    found, expected = ShortConvolution.apply(x, weight, bias, LENGTHS, True), stock(*wide, LENGTHS, True)
+    found, expected = ShortConvolution.apply(x, weight, bias, Borders(LENGTHS, 4, x.device), True), stock(*wide, LENGTHS, True)
     assert torch.equal(found, expected.bfloat16())
     weights = torch.randn(x.shape).bfloat16()
     gradients = torch.autograd.grad(found, (x, weight, bias), weights), torch.autograd.grad(expected, wide, weights.float())

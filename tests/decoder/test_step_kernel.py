@@ -12,10 +12,13 @@ from vlm.decoder.short_scan import scan_step
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def plain_kernel(state, x, dt, A, B, C, D=None):
-    """mamba-ssm's signature: everything as wide as the state (R, H, P, N), which goes on in place."""
-    assert dt.shape == x.shape and A.shape == state.shape[1:] and D.shape == x.shape[1:]
-    assert dt.stride(-1) == 0 and A.stride(-1) == A.stride(-2) == 0, "the kernel is slow unless it sees that channels share them"
+def plain_kernel(state, x, dt, A, B, C, D=None, dt_bias=None):
+    """mamba-ssm's signature: everything as wide as the state (R, H, P, N), which goes on in place. It looks at the strides of the bias
+    without asking whether there is one."""
+    assert dt.shape == x.shape and A.shape == state.shape[1:] and D.shape == dt_bias.shape == x.shape[1:]
+    shared = dt.stride(-1) == dt_bias.stride(-1) == 0 and A.stride(-1) == A.stride(-2) == 0
+    assert shared, "the kernel is slow unless it sees that channels share them"
+    dt = dt + dt_bias
     B, C = (part.repeat_interleave(x.shape[1] // part.shape[1], dim=1) for part in (B, C))  # R H N
     state.copy_(state * (dt[..., None] * A).exp() + (x * dt)[..., None] * B[:, :, None])
     return (state * C[:, :, None]).sum(-1) + x * D
@@ -25,18 +28,26 @@ def without_state(state, *rest, **more):
     return plain_kernel(state.clone(), *rest, **more)
 
 
-def without_skip(state, x, dt, A, B, C, D=None):
-    return plain_kernel(state, x, dt, A, B, C, D=D * 0)
+def without_skip(state, x, dt, A, B, C, D=None, dt_bias=None):
+    return plain_kernel(state, x, dt, A, B, C, D=D * 0, dt_bias=dt_bias)
 
 
-def groups_in_turn(state, x, dt, A, B, C, D=None):
+def groups_in_turn(state, x, dt, A, B, C, D=None, dt_bias=None):
     """Heads dealt to groups one by one instead of in blocks."""
     B, C = (part.repeat(1, x.shape[1] // part.shape[1], 1) for part in (B, C))
-    return plain_kernel(state, x, dt, A, B, C, D=D)
+    return plain_kernel(state, x, dt, A, B, C, D=D, dt_bias=dt_bias)
 
 
 def broken(*args, **more):
     raise RuntimeError("no such instruction\nand more")
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What is installed is asked once a process."""
+    step_kernel._is_installed.cache_clear()
+    yield
+    step_kernel._is_installed.cache_clear()
 
 
 def install(monkeypatch, kernel):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval_vqa.ranks import PARENT, Rank, start_ranks, tell, this_rank
 
@@ -37,6 +38,17 @@ def test_launchers_say_it_by_environment_variables(environment):
 def test_a_device_that_was_named_is_kept():
     assert Rank(1, 2, 1).device("cpu") == "cpu"
     assert Rank(0, 1, 0).device("cuda") == "cuda"
+
+
+def test_a_gpu_is_used_where_there_is_one(monkeypatch):
+    """A model of 8 billion parameters on the processor beside an idle GPU would be a day's waiting."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert Rank(0, 1, 0).device(None) == "cuda"
+    assert [Rank(rank, 6, rank).device(wanted) for rank in (1, 5) for wanted in (None, "cuda")] == ["cuda:1"] * 4
+    assert Rank(1, 2, 1).device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Rank(0, 1, 0).device(None) == Rank(1, 2, 1).device(None) == "cpu"
 
 
 def test_a_rank_ends_when_its_starter_is_gone():

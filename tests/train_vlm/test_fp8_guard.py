@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.models.nemotron_h import NemotronHForCausalLM
 
 import train_vlm.fp8_guard as guards
@@ -138,6 +139,25 @@ def test_measuring_changes_no_loss_and_no_gradient():
     assert one_step(watched) == expected and guard.end(1, torch.device("cpu"))
     for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad) if a.grad is not None else b.grad is None
+
+
+def test_measuring_keeps_no_activation_that_checkpointing_drops():
+    """Of a model of 8 billion parameters they would be tens of gigabytes, at the first step of all. The figures are the same."""
+    decoder, figures, kept = make_decoder().train(), [], []
+    guard = guarded(decoder)
+    for layer in guard.report.layers.values():
+        layer.register_forward_pre_hook(lambda _, inputs: kept.append(StorageWeakRef(inputs[0].untyped_storage())))
+    for is_lean in (False, True):
+        torch.manual_seed(1)
+        embeddings = torch.randn(1, 33, decoder.config.hidden_size).requires_grad_()
+        kept.clear()
+        guard.begin(1)
+        loss = run_layers(decoder, embeddings, Layout.packed((20, 13)), activation_checkpointing=is_lean).square().mean()
+        alive = sum(not storage.expired() for storage in kept)
+        assert alive == 0 if is_lean else alive > len(kept) // 2
+        loss.backward()
+        figures.append(guard.end(1, torch.device("cpu"))[0]["db"])
+    assert figures[0] == {name: pytest.approx(each) for name, each in figures[1].items()} and len(figures[0]) == len(guard.report.layers)
 
 
 def test_frozen_weights_have_no_figure_for_a_gradient_that_is_not_made():

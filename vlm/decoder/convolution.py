@@ -29,9 +29,10 @@ def causal_convolution(
     if layout.is_packed:
         if state is not None:
             raise ValueError("a packed row cannot continue a kept state; use one sequence a row")
-        return ShortConvolution.apply(x[0], weight, bias, layout.lengths, silu)[None], None
+        return ShortConvolution.apply(x[0], weight, bias, layout.borders(taps, batch, length, x.device), silu)[None], None
     if state is None:
-        y = ShortConvolution.apply(x.reshape(-1, channels), weight, bias, (length,) * batch, silu).view(x.shape)
+        borders = layout.borders(taps, batch, length, x.device)
+        y = ShortConvolution.apply(x.reshape(-1, channels), weight, bias, borders, silu).view(x.shape)
         if length >= taps - 1 and (layout.valid is None or not layout.right_padded):
             return y, x[:, length - taps + 1 :].contiguous()
         padded = F.pad(x, (0, 0, taps - 1, 0))  # B, K - 1 + T, F

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .short_convolution import Borders
 from .side_by_side import SideBySide
 
 __all__ = ["Layout"]
@@ -73,6 +74,18 @@ class Layout:
         if torch.equal(valid, positions >= width - counts[:, None]):
             return cls(lengths=lengths, valid=valid, right_padded=False)
         raise ValueError("attention_mask has padding inside a row; a recurrent state cannot skip it: pad on the left or the right only")
+
+    @cached_property
+    def _borders(self) -> dict[tuple, Borders]:
+        return {}
+
+    def borders(self, taps: int, batch: int, width: int, device: torch.device) -> Borders:
+        """Of (B, T) = (batch, width) positions laid end to end, where a convolution of `taps` may not reach over: those of the packed
+        sequences, or of the rows, padding and all."""
+        key = taps, batch, width, device
+        if key not in self._borders:
+            self._borders[key] = Borders(self.lengths if self.is_packed else (width,) * batch, taps, device)
+        return self._borders[key]
 
     @property
     def is_packed(self) -> bool:

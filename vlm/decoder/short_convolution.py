@@ -17,14 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from .fresh_memory import fresh
 
-__all__ = ["ShortConvolution"]
+__all__ = ["Borders", "ShortConvolution"]
 
 BLOCK_ELEMENTS = 262144
 """Positions times channels of one block: 1 MB of float32."""
 
 
-class _Borders:
-    """For each offset below K - 1 the positions that are so far behind the start of their sequence, ascending, on host and device."""
+class Borders:
+    """For each offset below K - 1 the positions that are so far behind the start of their sequence, ascending, on host and device. Made
+    once for all layers of a pack: on a GPU each making waits for what runs there."""
 
     def __init__(self, lengths: tuple[int, ...], taps: int, device):
         starts = list(accumulate(lengths, initial=0))[:-1]
@@ -40,12 +41,12 @@ class _Borders:
 class _Taps:
     """One convolution over x (T, F): its weights in the dtype of the computation, and the right sums near borders."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, lengths: tuple[int, ...]):
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, borders: Borders):
         self.x = x
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.taps = weight.to(self.dtype).t().flip(0).contiguous().unbind(0)  # newest position first, (F,) each
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.borders = _Borders(lengths, len(self.taps), x.device)
+        self.borders = borders
         self.near = [self._sums(where, offset + 1) for offset, where in enumerate(self.borders.where)]
         self.rows = min(len(x), max(32, BLOCK_ELEMENTS // x.shape[1])) if x.device.type == "cpu" else len(x)
 
@@ -75,16 +76,16 @@ class _Taps:
 
 
 class ShortConvolution(torch.autograd.Function):
-    """apply(x, weight, bias, lengths, silu) -> y (T, F), with silu of the sum if asked.
+    """apply(x, weight, bias, borders, silu) -> y (T, F), with silu of the sum if asked.
 
-    x (T, F): sequences of these lengths end to end; weight (F, K); bias (F,) or None. y has x's dtype.
+    x (T, F): sequences end to end, whose `Borders` these are; weight (F, K); bias (F,) or None. y has x's dtype.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lengths, silu):
+    def forward(ctx, x, weight, bias, borders, silu):
         ctx.save_for_backward(x, weight, bias)
-        ctx.lengths, ctx.silu = lengths, silu
-        convolution = _Taps(x, weight, bias, lengths)
+        ctx.borders, ctx.silu = borders, silu
+        convolution = _Taps(x, weight, bias, borders)
         y = fresh(x, *x.shape)
         for start, stop, _, sums in convolution.blocks(convolution.buffer()):
             y[start:stop] = sums.mul_(torch.sigmoid(sums)) if silu else sums
@@ -94,7 +95,7 @@ class ShortConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         x, weight, bias = ctx.saved_tensors
-        convolution = _Taps(x, weight, bias, ctx.lengths)
+        convolution = _Taps(x, weight, bias, ctx.borders)
         taps, dtype = convolution.taps, convolution.dtype
         grad_x = fresh(grad_y, *x.shape, dtype=dtype)
         grad_taps, grad_bias = grad_x.new_zeros(len(taps), x.shape[1]), grad_x.new_zeros(x.shape[1])

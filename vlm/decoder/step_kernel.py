@@ -24,16 +24,17 @@ LIMIT = 1e-5  # of the largest value
 
 
 def _triton_step(x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, states: Tensor) -> Tensor:
-    """mamba-ssm's kernel with the meaning of `scan_step`. It knows by their strides that a head's channels share steps, A and D."""
+    """mamba-ssm's kernel with the meaning of `scan_step`. It knows by strides that a head's channels share steps, A, D and the steps' bias,
+    which it asks for even where there is none."""
     kernel = importlib.import_module(MODULE).selective_state_update
     width, size = x.shape[-1], B.shape[-1]
-    decays = A[:, None, None].expand(-1, width, size)
-    return kernel(states, x, steps[..., None].expand(-1, -1, width), decays, B, C, D=D[:, None].expand(-1, width))
+    decays, nothing = A[:, None, None].expand(-1, width, size), torch.zeros_like(A)[:, None].expand(-1, width)
+    return kernel(states, x, steps[..., None].expand(-1, -1, width), decays, B, C, D=D[:, None].expand(-1, width), dt_bias=nothing)
 
 
 def step_findings(step: Callable, device) -> list[Finding]:
     """Compare a function with the arguments of `scan_step` to it in float64, three tokens long: (what, figure, whether it holds)."""
-    rows, heads, width, groups, size = 3, 4, 32, 2, 32
+    rows, heads, width, groups, size = 3, 4, 64, 2, 128  # the published models' sizes
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -67,10 +68,11 @@ def _findings(device: torch.device) -> tuple[Finding, ...]:
         return tuple(step_findings(_triton_step, device))
 
 
+@cache
 def _is_installed() -> bool:
     try:
         importlib.import_module(MODULE)
-    except ImportError:
+    except Exception:  # built for another torch or CUDA, it may fail in any way
         return False
     return True
 
