@@ -7,6 +7,7 @@ import torch
 from nvidia_layout import MIXTURE
 from small_decoders import small_decoder
 
+import vlm.decoder.serving_attention as serving_attention
 from vlm.decoder.layers import run_layers, take_over_mixers
 from vlm.decoder.layout import Layout
 from vlm.decoder.packing import Packing
@@ -41,9 +42,11 @@ def close(found, expected, tolerance=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("mask_elements", [2**26, 1000])
 @pytest.mark.parametrize("pattern", ["M-M*-M*-", "*-M", "ME*-M", "MMM", "*-*-"])
-def test_random_segments_on_random_rows_equal_the_plain_loop(pattern):
+def test_random_segments_on_random_rows_equal_the_plain_loop(pattern, mask_elements, monkeypatch):
     """Fresh and continued segments of all lengths in one pack (some beyond the short scan), then one token each."""
+    monkeypatch.setattr(serving_attention, "MASK_ELEMENTS", mask_elements)
     settings, tolerance = (MIXTURE | {"dtype": torch.float32}, 1e-4) if "E" in pattern else ({}, 1e-5)  # experts know no float64
     decoder, draw = make_decoder(pattern, **settings), random.Random(1)
     for _ in range(3):
@@ -71,6 +74,23 @@ def test_random_segments_on_random_rows_equal_the_plain_loop(pattern):
         decoded = decoder.decode(last, slots, max(slots.counts) + 1)
         for row, text, parts in zip(rows, texts, found, strict=True):
             close(torch.cat([*parts, decoded[row : row + 1]]), logits_of(decoder, text), tolerance)
+
+
+def test_no_mask_is_larger_than_what_was_set_aside(decoder, monkeypatch):
+    """The second part of a long prompt sees all of the first: heads x its length x both would be tens of gigabytes at 100,000 tokens."""
+    text, sizes, attend = torch.randint(0, 60, (1, 300)), [], torch.nn.functional.scaled_dot_product_attention
+    slots, expected = decoder.slots(1, 300), logits_of(decoder, text[0])[100:]
+    decoder.prefill(embed(decoder, text[0, :100]), slots, [0], [100])
+
+    def watched(query, key, value, *, attn_mask, scale):
+        sizes.append((attn_mask.numel(), key.shape[2]))
+        return attend(query, key, value, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(serving_attention, "MASK_ELEMENTS", 5000)
+    monkeypatch.setattr(serving_attention.F, "scaled_dot_product_attention", watched)
+    hidden = decoder.prefill(embed(decoder, text[0, 100:]), slots, [0], [200])
+    close(decoder.logits(hidden), expected)
+    assert max(size for size, _ in sizes) <= 5000 and {span for _, span in sizes} >= {300} and min(span for _, span in sizes) < 120
 
 
 @pytest.mark.parametrize("pattern", ["M-M*-M*-", "M*", "MM", "--"])

@@ -16,6 +16,9 @@ from .slots import Common, Slots
 
 __all__ = ["AttentionServing"]
 
+MASK_ELEMENTS = 2**26
+"""Of a mask that exists at once. A part of a prompt of 100,000 tokens would else have one of tens of gigabytes."""
+
 
 class AttentionServing:
     """One attention layer on `Slots`."""
@@ -45,11 +48,9 @@ class AttentionServing:
                 attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.mixer.scaling)
             else:
                 k, v = (self._kept(buffers[self.layer], group) for buffers in (slots.keys, slots.values))  # G KV span E
-                # The query heads that share a key head stand one after the other where positions would: nothing is repeated over the slots.
-                folded = q.unflatten(1, (-1, self.repeats)).flatten(2, 3)  # G KV r L E
-                mask = self._mask(group).repeat(1, 1, self.repeats, 1)
-                attended = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=self.mixer.scaling)
-                attended = attended.unflatten(2, (self.repeats, -1)).flatten(1, 2)
+                step = max(1, MASK_ELEMENTS // (group.size * self.repeats * group.span))
+                parts = [self._continue(q, k, v, group, start, min(start + step, group.longest)) for start in range(0, group.longest, step)]
+                attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
             group.put(attended.transpose(1, 2), out)
         out = out.flatten(1)
         return self.o_proj(out if wanted is None else out.index_select(0, wanted))
@@ -67,12 +68,17 @@ class AttentionServing:
         seen = buffer[:, :, : group.span]
         return seen[group.row_slice] if group.row_slice is not None else seen.index_select(0, group.rows)
 
-    @staticmethod
-    def _mask(group: Group) -> Tensor:
-        """(G, 1, L, span) bool: a token sees its row's slots up to its own. Padding sees what lies there, finite, and is not used."""
+    def _continue(self, query: Tensor, key: Tensor, value: Tensor, group: Group, start: int, stop: int) -> Tensor:
+        """query (G, H, L, E), key and value (G, KV, span, E) -> what positions start to stop of the segments see, (G, H, stop - start, E).
+        A token sees its row's slots up to its own. Padding sees what lies there, finite, and is not used."""
+        span = group.span if group.size > 1 else group.span - group.longest + stop  # of a single one the last slot that any of them sees
         device = group.rows.device
-        own = group.past[:, None] + torch.arange(group.longest, device=device)  # G L
-        return (torch.arange(group.span, device=device) <= own[..., None])[:, None]
+        own = group.past[:, None] + torch.arange(start, stop, device=device)  # G L
+        mask = (torch.arange(span, device=device) <= own[..., None])[:, None].repeat(1, 1, self.repeats, 1)
+        # The query heads that share a key head stand one after the other where positions would: nothing is repeated over the slots.
+        folded = query[:, :, start:stop].unflatten(1, (-1, self.repeats)).flatten(2, 3)  # G KV r L E
+        out = F.scaled_dot_product_attention(folded, key[:, :, :span], value[:, :, :span], attn_mask=mask, scale=self.mixer.scaling)
+        return out.unflatten(2, (self.repeats, -1)).flatten(1, 2)
 
     def decode(self, x: Tensor, slots: Slots, step: Step) -> Tensor:
         query, key, value = self._project(x)
