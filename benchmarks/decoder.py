@@ -110,7 +110,7 @@ class Run:
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -194,7 +194,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     result = {
         "command": " ".join(["python benchmarks/decoder.py", *sys.argv[1:]]),
-        "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": torch.cuda.get_device_name(options.device)
+        if options.device.startswith("cuda")
+        else f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -45,7 +45,7 @@ def _median_seconds(step, device: torch.device, warmup: int, repeats: int) -> fl
         began = time.perf_counter()
         step()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         if number >= warmup:
             times.append(time.perf_counter() - began)
     return statistics.median(times)
@@ -71,9 +71,9 @@ def measure_layers(
     report = convert_to_fp8(language_model, compiled=compiled)
     fp8 = _median_seconds(step, device, warmup, repeats)
     flops = layer_flops(language_model, lengths)
-    peak = known_peak(torch.cuda.get_device_name(), "bfloat16") if device.type == "cuda" else None
+    peak = known_peak(torch.cuda.get_device_name(device), "bfloat16") if device.type == "cuda" else None
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type, "sequences": lengths,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "sequences": lengths,
         "parameters": sum(p.numel() for p in language_model.model.layers.parameters()), "bf16_seconds": bf16, "fp8_seconds": fp8,
         "ratio": bf16 / fp8, "teraflop": flops / 1e12, "bf16_teraflops_per_second": flops / bf16 / 1e12,
         "bf16_mfu_percent": None if peak is None else 100.0 * flops / bf16 / peak, "compiled": compiled, "layers": report.summary(),

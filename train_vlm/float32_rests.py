@@ -34,6 +34,8 @@ class Float32Rests:
         from deepspeed.utils import safe_set_local_fp32_param
 
         self.engine = engine
+        # Beside the engine's parameters: what is read after each update would else go over the bus twice.
+        self.entries = [(name, owner, short, value.to(engine.device)) for name, owner, short, value in self.entries]
         for _, owner, short, value in self.entries:
             parameter = owner.get_parameter(short)
             if parameter.requires_grad:
@@ -62,7 +64,7 @@ class Float32Rests:
         self.seen_steps, values = self.engine.global_steps, self.whole()
         for name, owner, short, _ in self.entries:
             parameter = owner.get_parameter(short)
-            value = values[name].to(self.engine.device)
+            value = values[name]
             owner.rests = {**owner.rests, short: value - value.to(parameter.dtype).float()}
 
     def _refresh_when_due(self) -> None:

@@ -1,6 +1,7 @@
 """All checks on one model, in order, each shielded from the others: a check that breaks down is a failed check, not the end."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +29,19 @@ def small_model() -> tuple[VisionLanguageModel, VLMProcessor]:
             elif name.endswith("conv1d.bias"):
                 parameter.add_(0.3)
     return model, processor
+
+
+@contextmanager
+def _float32_digits() -> Iterator[None]:
+    """No TF32, which a GPU's convolutions use unless told otherwise: bounds in float32 are for float32."""
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def examine(model: VisionLanguageModel, processor: VLMProcessor, folder: str | Path | None = None) -> Iterator[Check]:
@@ -65,8 +79,11 @@ def examine(model: VisionLanguageModel, processor: VLMProcessor, folder: str | P
         *([("golden pack", lambda: parts.golden_pack(model, processor, Path(folder)))] if folder is not None else []),
     ]
     for name, run in checks:
+        found = []
         try:
-            yield from run()
+            with _float32_digits():
+                found.extend(run())
         except Exception as error:  # whatever breaks in a check is its finding
             reason = (str(error).splitlines() or [""])[0]
-            yield Check(name, f"{type(error).__name__}: {reason}", False)
+            found.append(Check(name, f"{type(error).__name__}: {reason}", False))
+        yield from found
