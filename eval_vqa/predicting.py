@@ -96,14 +96,19 @@ def predict(
             if before < len(questions):
                 engine = engine if hasattr(engine, "generate") else engine()
 
+            pending = _Pending(log)
+
             def write(row: dict) -> None:
-                log.append(row)
-                progress.show(len(log.rows) - others)
+                pending.add(row)
+                progress.show(len(log.rows) + len(pending.rows) - others)
 
             asker = Asker(task, engine, settings, write, make_request)
             for batch in _batches(questions, claims, log, settings.batch, rank):
                 rank.check_parent()
-                asker.ask(batch)
+                try:
+                    asker.ask(batch)
+                finally:
+                    pending.write()  # before others may claim these images
         seconds = time.monotonic() - began
     if not rank.is_first:
         return Outcome([])
@@ -111,6 +116,27 @@ def predict(
     _write_submissions(out, task, rows)
     problems = complete(out, task, record, rows, asked=len(questions) - before, seconds=seconds, ranks=rank.world)
     return Outcome(rows, problems)
+
+
+class _Pending:
+    """Rows that are written together, after a second at most: on a file system that eight ranks share a transaction takes milliseconds."""
+
+    def __init__(self, log: PredictionsFile, most_seconds: float = 1.0):
+        self.log, self.most_seconds = log, most_seconds
+        self.rows: list[dict] = []
+        self.since = 0.0
+
+    def add(self, row: dict) -> None:
+        if not self.rows:
+            self.since = time.monotonic()
+        self.rows.append(row)
+        if time.monotonic() - self.since >= self.most_seconds:
+            self.write()
+
+    def write(self) -> None:
+        if self.rows:
+            self.log.append(*self.rows)
+            self.rows = []
 
 
 def _batches(questions: list[Question], claims: Claims, log: PredictionsFile, size: int, rank: Rank) -> Iterator[list[Question]]:

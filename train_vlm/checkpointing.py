@@ -18,7 +18,8 @@ import random
 import shutil
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ __all__ = ["load_checkpoint", "newest_checkpoint", "random_states", "reshaped", 
 
 FORMAT = 1
 ENGINE = "engine"
+FILES_AT_ONCE = 8
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -67,6 +69,17 @@ def _checksum(path: Path) -> tuple[int, int]:
         while piece := file.read(1 << 22):
             size, crc = size + len(piece), zlib.crc32(piece, crc)
     return size, crc
+
+
+def _several_at_once(action: Callable, paths: list[Path]) -> Iterator:
+    """Results in order; reading and checksums leave Python alone, and one file at a time is a tenth of what a file system gives."""
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        yield from pool.map(action, paths)
+
+
+def _flushed(path: Path) -> tuple[int, int]:
+    _flush(path)
+    return _checksum(path)
 
 
 def _flush(path: Path) -> None:
@@ -115,9 +128,8 @@ def save_checkpoint(engine, folder: Path, step: int, standing: dict, *, keep: in
     # Files are shared out for flushing and checksums: at 100 GB one rank alone would take minutes.
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     sums = {}
-    for path in files[rank::ranks]:
-        _flush(path)
-        sums[path.relative_to(partial).as_posix()] = _checksum(path)
+    for path, pair in zip(files[rank::ranks], _several_at_once(_flushed, files[rank::ranks]), strict=True):
+        sums[path.relative_to(partial).as_posix()] = pair
     gathered = [None] * ranks
     torch.distributed.all_gather_object(gathered, sums)
     if rank == 0:
@@ -143,13 +155,15 @@ def _read_checked(checkpoint: Path) -> dict:
         raise ValueError(f"its run.json cannot be read ({error})") from error
     if found != FORMAT:
         raise ValueError(f"its format is {found}, this version reads {FORMAT}")
-    for name, (size, crc) in files.items():
+    for name, (size, _) in files.items():
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")
         if path.stat().st_size != size:
             raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if _checksum(path) != (size, crc):
+    found = _several_at_once(_checksum, [checkpoint / name for name in files])
+    for (name, (size, crc)), pair in zip(files.items(), found, strict=True):
+        if pair != (size, crc):
             raise ValueError(f"the content of {name} has changed")
     return manifest
 

@@ -135,9 +135,10 @@ def fitting_micro_batches(
     steps: int,
     rank_blind: bool = False,
 ) -> int:
-    """The least number of micro-batches, from `micro_batches` on, with which every pack of the first `steps` steps holds at most
-    `pack_tokens`. Raises ValueError when a sample alone is longer."""
-    found = micro_batches
+    """The least number of micro-batches, from `micro_batches` on - or from as many as there are samples for each rank, for a pack without
+    any costs a pass, too - with which every pack of the first `steps` steps holds at most `pack_tokens`. Raises ValueError when a sample
+    alone is longer."""
+    found = max(1, min(micro_batches, -(-batch_samples // ranks)))
     for step in range(steps):
         positions = list(range(step * batch_samples, (step + 1) * batch_samples))
         longest = max(map(tokens, positions))

@@ -7,11 +7,13 @@ offloading puts optimizer and shared gradients, and with "all" the weights, into
 
 Beside it: the inputs of blocks that activation checkpointing keeps, and under ZeRO-3 the weights gathered for the blocks at work. Not
 here, but for the reserve taken off every card: activations inside a block, communication buffers, CUDA's own memory.
+
+At its start every rank has the whole model in the machine's memory; onto its card it goes parameter by parameter (engine_start.py).
 """
 
 from dataclasses import dataclass
 
-__all__ = ["CARDS_GB", "GIB", "MemoryRow", "cards_that_fit", "memory_rows"]
+__all__ = ["CARDS_GB", "GIB", "MemoryRow", "cards_that_fit", "checkpoint_bytes", "memory_rows", "moved_bytes"]
 
 GIB = 2**30
 CARDS_GB = (24, 40, 48, 80, 141)  # a card of N GB counts as N x 10^9 bytes; it has some 6 % more
@@ -22,7 +24,8 @@ WAYS = ((0, None), (1, None), (2, None), (3, None), (1, "optimizer"), (2, "optim
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes of one rank: weights, gradients and optimizer on its card, gathered weights, and host: what is offloaded."""
+    """Bytes of one rank: weights, gradients and optimizer on its card, gathered weights, and host: what is offloaded. whole: the model's
+    weights, which the machine holds once for each rank, at the start."""
 
     zero_stage: int
     offload: str | None
@@ -31,6 +34,7 @@ class MemoryRow:
     optimizer: float
     gathered: float
     host: float
+    whole: float = 0.0
 
     @property
     def card(self) -> float:
@@ -45,6 +49,18 @@ def bytes_of_training(precision: str, kind: str = "adamw") -> tuple[int, int, in
     """Bytes of weight, gradient and optimizer for a parameter that trains."""
     weight, moments = (2, 12) if precision == "bfloat16" else (4, 8)
     return weight, 4, moments - (4 if kind == "muon" else 0)  # Muon keeps one moment; its few AdamW parameters are neglected
+
+
+def checkpoint_bytes(trained: int, *, precision: str = "bfloat16", kind: str = "adamw") -> float:
+    """On disk: weights that train and the optimizer's states, of all ranks together."""
+    weight, _, optimizer = bytes_of_training(precision, kind)
+    return float(trained) * (weight + optimizer)
+
+
+def moved_bytes(trained: int, frozen: int, *, precision: str = "bfloat16") -> float:
+    """Under ZeRO-3, through one rank's network for one pack: all weights gathered forwards and again backwards, gradients summed up."""
+    weight = bytes_of_training(precision)[0]
+    return weight * (2.0 * (trained + frozen) + trained)
 
 
 def memory_rows(trained: int, frozen: int, ranks: int, *, precision: str = "bfloat16", kind: str = "adamw") -> list[MemoryRow]:
@@ -67,7 +83,7 @@ def memory_rows(trained: int, frozen: int, ranks: int, *, precision: str = "bflo
                 host += gradient * trained / ranks
             if offload == "all":
                 host, weights = host + weights, 0.0
-        rows.append(MemoryRow(stage, offload, weights, gradients, states, gathered, host))
+        rows.append(MemoryRow(stage, offload, weights, gradients, states, gathered, host, weight * (trained + frozen)))
     return rows
 
 

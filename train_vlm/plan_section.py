@@ -15,7 +15,8 @@ __all__ = ["Plan"]
 class Plan:
     """preset: the decoder, and vision_encoder: the encoder, when recipe.model is no folder yet; samples: of the whole data set; tiles (with
     thumbnails), text_tokens (all but visual tokens and tile tags) and supervised_tokens of an average sample, when there are no shards
-    yet; cards: GPUs in all; card: which (flops.py lists them); mfu_percent: share of the card's dense peak that the run will reach."""
+    yet; cards: GPUs in all; card: which (flops.py lists them); mfu_percent: share of the card's dense peak that the run will reach;
+    network_gb_s: gigabytes a second between one card and those of other machines (400 Gbit/s for each card are 50)."""
 
     preset: str | None = None
     vision_encoder: str = "internvit"
@@ -26,6 +27,7 @@ class Plan:
     cards: int = 1
     card: str = "H100"
     mfu_percent: float = 40.0
+    network_gb_s: float = 50.0
 
     def __post_init__(self):
         if self.cards < 1 or not 0 < self.mfu_percent <= 100:
@@ -35,5 +37,7 @@ class Plan:
                 f"plan has {self.tiles} tiles, {self.text_tokens} text tokens and {self.supervised_tokens} supervised ones a sample; "
                 "expected 0 or more tiles, at least 1 text token, and no more supervised ones than these"
             )
+        if self.network_gb_s <= 0:
+            raise RecipeError(f"plan.network_gb_s is {self.network_gb_s}; expected more than 0")
         if self.samples is not None and self.samples < 1:
             raise RecipeError(f"plan.samples is {self.samples}; expected at least 1")

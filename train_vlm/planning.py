@@ -13,7 +13,7 @@ import torch
 from train_vlm.adapters import put_on_adapters
 from train_vlm.flops import KNOWN_DEVICES, FlopCosts, count_costs
 from train_vlm.freezing import apply_parts, parameter_groups, parts_table
-from train_vlm.memory_plan import CARDS_GB, GIB, cards_that_fit, memory_rows
+from train_vlm.memory_plan import CARDS_GB, GIB, cards_that_fit, checkpoint_bytes, memory_rows, moved_bytes
 from train_vlm.plan_section import Plan
 from train_vlm.reading import SampleStream
 from train_vlm.recipe import Recipe, RecipeError
@@ -27,6 +27,7 @@ from vlm.processing import VLMProcessor
 __all__ = ["StepWork", "plan_text", "planned_model", "step_work"]
 
 LOOKED_AT = 1000  # samples of existing shards whose mean stands for all
+CARDS_A_MACHINE = 8
 
 
 def planned_model(recipe: Recipe) -> tuple[VisionLanguageModel, str] | None:
@@ -151,6 +152,16 @@ def _memory_lines(recipe: Recipe, model: VisionLanguageModel, work: StepWork) ->
         cells = "".join(f"{value / GIB:>{size}.1f}" for value, size in zip(figures, (9, 11, 11, 10, 9, 10, 9), strict=True))
         words = ", ".join(map(str, fits)) if fits else f"none up to {CARDS_GB[-1]}"
         lines.append(f"{row.name:<28}{cells}  {words}{chosen}")
+    whole, here = row.whole / GIB, min(plan.cards, CARDS_A_MACHINE)
+    lines.append(f"at the start every rank reads the whole model: {here * whole:.1f} GiB in the memory of a machine of {here}")
+    saved = checkpoint_bytes(trained, precision=recipe.run.precision, kind=recipe.optimizer.kind) / GIB
+    lines.append(f"a checkpoint: {saved:.1f} GiB on disk; up to {recipe.run.keep + 1} at a time: {(recipe.run.keep + 1) * saved:.1f} GiB")
+    if recipe.run.zero_stage == 3 and plan.cards > 1:
+        moved = moved_bytes(trained, frozen, precision=recipe.run.precision) * data.micro_batches
+        lines.append(
+            f"ZeRO 3 moves {moved / 1e9:.0f} GB a rank in a step of {data.micro_batches} pack(s): {moved / 1e9 / plan.network_gb_s:.1f} s "
+            f"at {plan.network_gb_s:g} GB/s; where computing takes less, it waits"
+        )
     return lines
 
 

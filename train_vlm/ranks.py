@@ -5,8 +5,10 @@ decides, and the others hear it.
 """
 
 import os
+import resource
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 
@@ -15,6 +17,11 @@ from vision_encoders.gathering import gather_over_ranks
 from vlm.engine.allocation import keep_freed_memory
 
 __all__ = ["FailedElsewhereError", "end_ranks", "on_first_rank", "start_deepspeed", "sum_over_ranks", "trains_on_gpu"]
+
+
+PATIENCE = timedelta(hours=4)
+"""How long ranks wait for one of them that reads a checkpoint of a hundred gigabytes, lays it out for other ranks, or writes the model.
+DeepSpeed's 10 minutes would end the run, and its next start at the same place. DEEPSPEED_TIMEOUT (minutes) overrides it."""
 
 
 class FailedElsewhereError(RuntimeError):
@@ -38,17 +45,28 @@ def start_deepspeed(recipe: Recipe):
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         os.environ.setdefault(name, default)
     local = int(os.environ["LOCAL_RANK"])
+    _open_many_files()
+    # Also on GPUs, whose processors update what is offloaded: all ranks of a machine with all of its cores would be slower than one.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(recipe.run.threads_per_rank or max(1, cores // ranks_here))
     if on_gpu:  # what ranks say to each other before there is an engine goes over their own GPU
         torch.cuda.set_device(local)
     else:
         # The shared-memory kernel is for inference only, and building it takes most of a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         keep_freed_memory()  # a step's tensors come again with the next
-        torch.set_num_threads(recipe.run.threads_per_rank or max(1, cores // int(os.environ["WORLD_SIZE"])))
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    patience = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": PATIENCE}
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **patience)
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     return deepspeed, torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def _open_many_files() -> None:
+    """As many open files as this process may have: every tensor that a reading process hands over is one, and a step may have thousands."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def trains_on_gpu() -> bool:

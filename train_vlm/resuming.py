@@ -19,7 +19,8 @@ from vlm.files import write_whole
 __all__ = ["SavePlan", "Standing", "Start", "checkpoint_content", "checkpoints_of", "look_for_start", "mark_finished"]
 
 MARKER = "training.json"
-COST_SHARE = 0.02  # saving by the clock takes at most this share of the time
+COST_SHARE = 0.02  # saving by the clock takes at most this share of the time,
+MOST_STRETCH = 4  # but comes no more than so many times as rarely as asked: what a kill costs is the time since
 
 
 @dataclass
@@ -122,7 +123,8 @@ def checkpoint_content(recipe: Recipe, described: dict, standing: Standing, ledg
 
 
 class SavePlan:
-    """When to save: every so many steps, or by the clock, and then never so often that saving costs over COST_SHARE of the time."""
+    """When to save: every so many steps, or by the clock, and then not so often that saving costs over COST_SHARE of the time, within
+    MOST_STRETCH."""
 
     def __init__(self, every_steps: int | None, every_minutes: float | None, *, last_step: int, now: float):
         self.every_steps, self.every_seconds = every_steps, None if every_minutes is None else 60.0 * every_minutes
@@ -136,7 +138,17 @@ class SavePlan:
         """Asked after a step, by rank 0."""
         if self.every_steps is not None and step % self.every_steps == 0:
             return True
-        return self.every_seconds is not None and now - self.last >= max(self.every_seconds, self.cost / COST_SHARE)
+        return self.every_seconds is not None and now - self.last >= self.stretch
 
-    def saved(self, step: int, began: float, ended: float) -> None:
+    @property
+    def stretch(self) -> float:
+        """Seconds between two saves by the clock."""
+        return max(self.every_seconds, min(self.cost / COST_SHARE, MOST_STRETCH * self.every_seconds))
+
+    def saved(self, step: int, began: float, ended: float) -> str | None:
+        """Note a save; what there is to tell: that the next ones come more rarely than was asked."""
+        before = None if self.every_seconds is None else self.stretch
         self.last_step, self.last, self.cost = step, ended, ended - began
+        if before is None or self.stretch <= max(before, 1.01 * self.every_seconds):
+            return None
+        return f"a checkpoint takes {self.cost:.0f} s: the next comes in {self.stretch / 60:.0f} min, not {self.every_seconds / 60:.0f}"

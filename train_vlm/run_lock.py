@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,17 +55,19 @@ def only_one(out: str | Path, *, wait_seconds: float = LONGEST_WAIT_SECONDS) -> 
             print(f"no lock on {out} ({error.strerror}): see to it that no second run writes there", flush=True)
             break
         if handle is None and time.monotonic() > until:
-            holder = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+            process, _, host = (path.read_text(encoding="utf-8").strip() if path.is_file() else "").partition(" on ")
+            elsewhere = host not in ("", socket.gethostname())
             raise ValueError(
-                f"{out} belongs to a run that is still going on (process {holder or 'unknown'}); wait for it, end it"
-                f"{f' (kill {holder})' if holder.isdigit() else ''}, or give another out"
+                f"{out} belongs to a run that is still going on (process {process or 'unknown'}{f' on {host}' if elsewhere else ''}); wait "
+                f"for it, end it{f' (kill {process})' if process.isdigit() and not elsewhere else ''}, or give another out"
+                f"{'; after a crash of that machine its lock goes within minutes' if elsewhere else ''}"
             )
         if handle is None:
             time.sleep(0.1)
     try:
         if handle is not None:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            os.pwrite(handle, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         if handle is not None:

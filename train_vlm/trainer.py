@@ -93,7 +93,8 @@ def _train(run: Prepared) -> None:
         at.spent_seconds = progress.spent
         content = checkpoint_content(recipe, run.described, at, ledger.to_dict())
         save_checkpoint(engine, checkpoints_of(out), at.step, content, keep=recipe.run.keep)
-        saving.saved(at.step, began, time.monotonic())
+        if words := saving.saved(at.step, began, time.monotonic()):
+            log.tell(at.step, {"event": "saving", "text": f"step {at.step}: {words}"})
         accounts.pause(saving.cost)
 
     def look() -> dict:

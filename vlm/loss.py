@@ -3,7 +3,8 @@
 A 13-tile sample has some 3,400 positions and a handful of answer tokens, and the vocabulary has 131,072 words: logits of every position
 would be most of the memory of a step. Positions are picked first, then pass the output head in chunks whose logits are made again in the
 backward pass (benchmarks/loss.py measures it). A head that is a plain linear layer takes the way that allocates one chunk of logits and one
-gradient of its weight; any other (wrapped by adapters or FP8, gathered from other ranks, watched by hooks) is called as the module it is.
+gradient of its weight; any other (wrapped by adapters or FP8, gathered from other ranks, watched by hooks) is called as the module it is,
+and once only where its weights are gathered from other ranks.
 
 Letters: B batch, T positions, D decoder width, K supervised positions.
 """
@@ -113,6 +114,29 @@ def _is_plain(head: nn.Module, hidden: Tensor) -> bool:
     )
 
 
+def _is_shared_out(head: nn.Module) -> bool:
+    """Whether other ranks hold parts of its weights (DeepSpeed ZeRO-3), which each call of it gathers."""
+    return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
+def _in_one_call(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> Tensor:
+    """hidden (K, D) -> losses (K,), with one call of the head however many positions there are: ranks have different numbers of them, and
+    each call is a gathering in which all ranks take part. Chunks of a plain linear head are made within the call."""
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return _chunk_loss(hidden, head, targets)
+    head.forward = lambda hidden: _linear_losses(hidden, head.weight, head.bias, targets, chunk)
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+
+
+def _linear_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+    if bias is None and weight.dtype == hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
+
+
 def _chunk_loss(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
@@ -135,6 +159,8 @@ def supervised_loss(
         chunk_tokens = max(1, LOGITS_AT_ONCE // getattr(head, "out_features", 131072))
     if _is_plain(head, hidden):
         return _LinearCrossEntropy.apply(picked, head.weight, wanted, chunk_tokens), places
+    if _is_shared_out(head):
+        return _in_one_call(picked, head, wanted, chunk_tokens), places
     if len(places) <= chunk_tokens:  # one chunk is no more than memory was set aside for: nothing is made twice
         return _chunk_loss(picked, head, wanted), places
     losses = [

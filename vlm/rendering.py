@@ -20,6 +20,9 @@ from .thinking import THINKING_MARKS, strip_thinking
 
 __all__ = ["PLACEHOLDER", "ChatFormat", "Rendered", "Renderer", "chat_formats", "image_tokens", "normalize_messages", "tile_tag"]
 
+CACHED_LENGTH = 256  # characters: questions and answers come again, whole pages do not, and their ids are a hundred times as large
+
+
 IMAGE_OPEN, IMAGE_CLOSE, THUMBNAIL_TAG = "<Image>", "</Image>", "<tile_global_thumbnail>"
 MOST_TILES = 12
 
@@ -109,7 +112,7 @@ class Renderer:
         self._marks = {token: vocabulary[token] for token in [*marks, *thoughts]}
         self._mark_pattern = re.compile("(" + "|".join(map(re.escape, self._marks)) + ")")
         self._marked_pattern = self._pattern_of_template_text()
-        self._encode_cached = lru_cache(maxsize=65536)(self._encode)
+        self._encode_cached, self._encode_long_cached = (lru_cache(maxsize=size)(self._encode) for size in (65536, 256))
 
     @property
     def end_of_turn_id(self) -> int:
@@ -117,7 +120,7 @@ class Renderer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which nothing is special."""
-        return list(self._encode_cached(text))
+        return list((self._encode_cached if len(text) <= CACHED_LENGTH else self._encode_long_cached)(text))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if not text:

@@ -1,10 +1,12 @@
 """The growing file: whole lines only, whatever a killed process left of one, and several writers."""
 
+import contextlib
 import json
 import os
 
 import pytest
 
+import eval_vqa.predicting as predicting
 from eval_vqa.predictions_file import PredictionsFile, keep_answered, line, read_rows
 
 
@@ -25,6 +27,40 @@ def test_lines_of_others_are_seen(tmp_path):
     assert ids(path) == [1, 2, 3]
     other.refresh()
     assert list(other.rows) == [1, 2, 3]
+
+
+def test_several_lines_are_one_transaction(tmp_path):
+    """Of eight ranks on a shared file system each of them takes milliseconds, and there are half a million answers."""
+    path, held = tmp_path / "predictions.jsonl", []
+
+    @contextlib.contextmanager
+    def locked():
+        held.append(path.read_bytes() if path.exists() else b"")
+        yield
+
+    file = PredictionsFile(path, "vqav2", locked)
+    file.append(row(1), row(2))
+    path.write_bytes(path.read_bytes() + line(row(3))[:-4])
+    file.append(row(4), row(5), row(6))
+    assert ids(path) == [1, 2, 4, 5, 6] and len(held) == 2
+
+
+def test_answers_are_written_within_a_second_and_at_the_end(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(predicting.time, "monotonic", lambda: now[0])
+    path = tmp_path / "predictions.jsonl"
+    pending = predicting._Pending(PredictionsFile(path, "vqav2"))
+    pending.add(row(1))
+    now[0] = 0.9
+    pending.add(row(2))
+    assert not path.exists()
+    now[0] = 1.1
+    pending.add(row(3))
+    assert ids(path) == [1, 2, 3] and pending.rows == []
+    pending.add(row(4))
+    pending.write()
+    pending.write()
+    assert ids(path) == [1, 2, 3, 4]
 
 
 def test_a_torn_line_is_cut_off_before_the_next_is_written(tmp_path):

@@ -63,6 +63,13 @@ def test_micro_batches_grow_until_every_pack_fits(ranks):
         fitting_micro_batches(24, 1, ranks, steps=40, **{**measured, "pack_tokens": 3000})
 
 
+@pytest.mark.parametrize(("batch", "ranks", "expected"), [(128, 64, 2), (64, 8, 8), (24, 24, 1), (24, 16, 2), (1024, 8, 32)])
+def test_there_are_no_more_packs_than_samples_to_begin_with(batch, ranks, expected):
+    """A recipe for eight cards on 64: half of its packs would be blank, each of them a pass over all weights."""
+    found = fitting_micro_batches(batch, 32, ranks, lambda place: 1.0, lambda place: 10, pack_tokens=10**9, steps=2)
+    assert found == expected
+
+
 def test_imbalance_is_the_waiting_of_the_others():
     assert imbalance([3.0, 1.0]) == pytest.approx(50.0) and imbalance([2.0, 2.0]) == 0.0 and imbalance([0.0, 0.0]) == 0.0
 

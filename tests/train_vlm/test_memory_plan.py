@@ -2,7 +2,7 @@
 
 import pytest
 
-from train_vlm.memory_plan import CARDS_GB, GIB, MemoryRow, cards_that_fit, memory_rows
+from train_vlm.memory_plan import CARDS_GB, GIB, MemoryRow, cards_that_fit, checkpoint_bytes, memory_rows, moved_bytes
 from vlm.decoder import param_count, preset_config
 
 
@@ -43,6 +43,18 @@ def test_float32_has_no_second_copy_and_muon_one_moment():
     assert rows(10**9, 0, 1, precision="float32")[0, None].card == 16e9
     assert rows(10**9, 0, 1, precision="float32", kind="muon").keys() == {(0, None)}
     assert rows(10**9, 0, 1, precision="float32", kind="muon")[0, None].card == 12e9
+
+
+def test_every_rank_reads_the_whole_model():
+    """47 billion parameters on 64 cards are 1.5 GB of weights each, and 94 GB in the machine's memory for each rank at the start."""
+    row = rows(0, 47 * 10**9, 64)[3, None]
+    assert row.whole == 94e9 and row.card < 10e9 and cards_that_fit(row, 0.0) == list(CARDS_GB)
+
+
+def test_what_a_checkpoint_takes_and_a_pack_moves():
+    """1e9 that train and 2e9 that do not: 2 + 12 bytes of the first on disk; all weights twice and gradients once through the network."""
+    assert checkpoint_bytes(10**9) == 14e9 and checkpoint_bytes(10**9, precision="float32") == 12e9
+    assert moved_bytes(10**9, 2 * 10**9) == 14e9
 
 
 def test_a_card_keeps_a_reserve():

@@ -107,8 +107,17 @@ def test_checkpoints_by_the_clock_cost_at_most_two_percent():
     """A large model takes a minute to save: once a minute would be half of the run."""
     plan = SavePlan(None, 1.0, last_step=-1, now=0.0)
     assert plan.is_on and not plan.is_due(5, 59.0) and plan.is_due(5, 60.0)
-    plan.saved(5, 60.0, 90.0)  # 30 s
-    assert not plan.is_due(6, 90.0 + 1499.0) and plan.is_due(6, 90.0 + 1500.0)
+    assert plan.saved(5, 60.0, 63.0) == "a checkpoint takes 3 s: the next comes in 2 min, not 1"
+    assert not plan.is_due(6, 63.0 + 149.0) and plan.is_due(6, 63.0 + 150.0)
+    assert plan.saved(6, 213.0, 216.0) is None  # told once
+
+
+def test_checkpoints_by_the_clock_never_become_hours_apart():
+    """A job of four hours that saves for five minutes, once in 15,000 s, would get no further from one of its kills to the next."""
+    plan = SavePlan(None, 30.0, last_step=-1, now=0.0)
+    assert plan.saved(5, 1800.0, 2100.0) == "a checkpoint takes 300 s: the next comes in 120 min, not 30"
+    assert not plan.is_due(6, 2100.0 + 7199.0) and plan.is_due(6, 2100.0 + 7200.0)
+    assert SavePlan(3, None, last_step=-1, now=0.0).saved(3, 0.0, 1e6) is None
 
 
 def test_checkpoints_by_steps_and_none_at_all():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -42,6 +43,13 @@ def test_a_second_run_is_refused_with_the_id_of_the_first(holder, tmp_path):
         only_one(tmp_path / "out", wait_seconds=0.2).__enter__()
 
 
+def test_a_run_on_another_machine_is_named_with_it(holder, tmp_path):
+    """Its number is another process here, which nobody should be told to kill."""
+    lock_file(tmp_path / "out").write_text("4711 on node-7")
+    with pytest.raises(ValueError, match=r"process 4711 on node-7\); wait for it, end it, or .*crash of that machine"):
+        only_one(tmp_path / "out", wait_seconds=0.2).__enter__()
+
+
 def test_a_kill_frees_the_folder_at_once(holder, tmp_path):
     """A flock would be held on by forked reading processes for seconds, a file with an id in it for ever."""
     holder[0].kill()
@@ -49,7 +57,7 @@ def test_a_kill_frees_the_folder_at_once(holder, tmp_path):
     assert lock_file(tmp_path / "out").is_file()
     began = time.monotonic()
     with only_one(tmp_path / "out", wait_seconds=5):
-        assert lock_file(tmp_path / "out").read_text() == str(os.getpid())
+        assert lock_file(tmp_path / "out").read_text() == f"{os.getpid()} on {socket.gethostname()}"
     assert time.monotonic() - began < 1 and not list(tmp_path.iterdir())
 
 

@@ -116,7 +116,7 @@ def seen(inputs, killed, tmp_path_factory):
     return json.loads((out / "results.json").read_text()), out
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "micro2", "micro4_zero3", "checkpointing_zero3"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "micro2", "micro4_zero3", "chunks_zero3", "checkpointing_zero3"])
 def test_every_way_to_train_equals_the_plain_loop(seen, name):
     """Losses and weights after three steps, with a rank that has no picture in each of two of them.
 

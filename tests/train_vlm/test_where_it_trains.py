@@ -58,6 +58,17 @@ def test_on_a_processor_no_gpus_are_chosen(monkeypatch):
     assert _on_chosen_gpus(LAUNCH) == LAUNCH
 
 
+def test_a_rank_may_open_as_many_files_as_its_process(monkeypatch):
+    """A tensor from a reading process is an open file: at the usual limit of 1,024 a step of 256 packs of four tensors ended the run."""
+    limits = []
+    monkeypatch.setattr(ranks.resource, "getrlimit", lambda _: (1024, 524288))
+    monkeypatch.setattr(ranks.resource, "setrlimit", lambda _, pair: limits.append(pair))
+    ranks._open_many_files()
+    monkeypatch.setattr(ranks.resource, "getrlimit", lambda _: (4096, 4096))
+    ranks._open_many_files()
+    assert limits == [(524288, 524288)]
+
+
 class Left(BaseException):
     pass
 

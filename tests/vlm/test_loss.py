@@ -152,6 +152,31 @@ def test_a_frozen_head_or_frozen_states_cost_no_gradient():
     assert head.weight.grad.any()
 
 
+@pytest.mark.parametrize("what", ["plain", "bias", "wrapped", "float32 head under bfloat16"])
+@pytest.mark.parametrize("share", [0.9, 0.05, 0.0])
+def test_a_head_with_parts_on_other_ranks_is_called_once_however_many_positions_there_are(what, share):
+    """Under ZeRO-3 each call gathers its weight, on all ranks: a rank with more answers would wait for one that has none left."""
+    hidden, labels, head = example(share=share)
+    hidden, head = hidden.float(), nn.Linear(8, 30, bias=what == "bias")
+    full = supervised_loss(hidden, Wrapped(head), labels, chunk_tokens=1000)[0].sum()
+    expected = torch.autograd.grad(full, head.parameters())
+    for parameter in head.parameters():
+        parameter.ds_id = 0
+    called, calls = Wrapped(head) if what == "wrapped" else head, []
+    head.register_forward_hook(lambda *_: calls.append("forwards"))
+    head.register_full_backward_pre_hook(lambda *_: calls.append("backwards"))
+    hidden.requires_grad_()
+    given = hidden.bfloat16() if what.startswith("float32") else hidden
+    with torch.autocast("cpu", torch.bfloat16, enabled=what.startswith("float32")):
+        loss = supervised_loss(given, called, labels, chunk_tokens=4)[0].sum()
+    loss.backward()
+    assert calls == ["forwards", "backwards"] and "forward" not in vars(head)
+    tolerance = {"rtol": 0.05, "atol": 0.3} if what.startswith("float32") else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(loss, full, **tolerance)
+    for parameter, gradient in zip(head.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, **tolerance)
+
+
 @pytest.mark.parametrize("what", ["hook", "partitioned", "bias", "subclass", "patched", "autocast"])
 def test_a_head_that_is_more_than_its_weight_is_called_as_a_module(what):
     """Reading its weight would skip an adapter, a scale, or find an empty tensor where ZeRO-3 has its parts elsewhere."""
