@@ -83,7 +83,7 @@ class _Graph:
         self.noted: list[tuple] = []
 
     def replay(self) -> None:
-        with torch.no_grad():
+        with torch.inference_mode():  # which may write to every tensor, those made in it too
             for operation, args, kwargs, found in self.noted:
                 again = operation(*args, **kwargs)
                 if all(way.alias_info is None for way in operation._schema.returns):  # neither a view nor written in place
@@ -166,7 +166,7 @@ class PretendGpu:
             yield
         finally:
             self.graph = None
-            with torch.no_grad():
+            with torch.inference_mode():
                 for tensor, old in self.before.values():
                     tensor.copy_(old)
             self.before = {}

@@ -103,3 +103,13 @@ def test_without_memory_for_a_graph_steps_run_as_they_are_until_buffers_change(e
     assert tried == [tried[0]] and not graphs._graphs and graphs.reason is None
     agree(engine.generate(REQUESTS), expected)  # in larger buffers
     assert len(set(tried)) > 1 and graphs._graphs
+
+
+def test_in_bfloat16_replayed_steps_are_the_plain_ones(pretend_gpu, tiny_model, tiny_processor):
+    """What a GPU will serve in; against a processor's answers roundings would tell."""
+    engine = Engine(pretend_gpu.put(copy.deepcopy(tiny_model).to(torch.bfloat16)), tiny_processor)
+    captured = engine.generate(REQUESTS)
+    assert engine._scheduler.graphs.reason is None and engine._scheduler.graphs._graphs
+    engine._scheduler.graphs = None
+    assert [answer.tokens for answer in engine.generate(REQUESTS)] == [answer.tokens for answer in captured]
+    assert any(len(answer.tokens) > 2 for answer in captured)
