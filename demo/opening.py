@@ -48,11 +48,10 @@ def address(host: str, listener: socket.socket) -> str:
 def open_engine(folder: str | Path, most_new_tokens: int, *, device: str | None = None, **settings):
     """`Engine.from_pretrained` on the device there is, with room for the longest answer: a prompt beyond it loses tiles first, then it is
     refused. Prints what the golden pack said. Raises as that does."""
-    import torch
-
+    from vlm.device import default_device
     from vlm.engine import Engine
 
-    engine = Engine.from_pretrained(folder, device=device or ("cuda" if torch.cuda.is_available() else None), **settings)
+    engine = Engine.from_pretrained(folder, device=device or default_device(), **settings)
     print(engine.golden_note, flush=True)
     engine.max_tokens = max(engine.model.config.text_config.max_position_embeddings - most_new_tokens, 1)
     return engine

@@ -83,10 +83,12 @@ def _model_class() -> type:
                 raise ValueError(f"unknown model_args {', '.join(sorted(unknown))}; this model takes {known}")
             import torch
 
+            from vlm.device import default_device
+
             settings = {name: int(value) for name, value in (("max_batch", max_batch), ("max_tokens", max_tokens)) if value is not None}
             settings["on_drift"] = on_drift
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            self.engine = Engine.from_pretrained(pretrained, device=device, dtype=dtype and getattr(torch, dtype), **settings)
+            settings |= {"device": device or default_device(), "dtype": dtype and getattr(torch, dtype)}
+            self.engine = Engine.from_pretrained(pretrained, **settings)
             self.device = next(self.engine.model.parameters()).device
             self.batch_size = batch_size
             self.thinking = str(thinking).lower() in ("true", "1", "yes")

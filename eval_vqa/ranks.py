@@ -37,14 +37,16 @@ class Rank:
             raise KeyboardInterrupt
 
     def device(self, wanted: str | None) -> str:
-        """What was asked for; where nothing was, the GPU of this rank if there is one, else "cpu"."""
+        """Where this rank computes: what was asked for, else the GPU there is; of several processes on GPUs each has its own."""
         if wanted not in (None, "cuda"):
             return wanted
         import torch
 
-        if not torch.cuda.is_available():
-            return wanted or "cpu"
-        return f"cuda:{self.local % torch.cuda.device_count()}" if self.world > 1 else "cuda"
+        from vlm.device import default_device
+
+        device = wanted or default_device()
+        gpus = torch.cuda.device_count() if device == "cuda" and self.world > 1 else 0
+        return f"cuda:{self.local % gpus}" if gpus else device
 
 
 def tell(line: str) -> None:

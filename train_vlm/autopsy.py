@@ -25,6 +25,7 @@ from train_vlm.freezing import apply_parts
 from train_vlm.recipe import Lora, Part, Parts
 from train_vlm.training_step import forward_inputs
 from vlm.checkpoint import load_model
+from vlm.device import default_device
 from vlm.files import write_whole
 from vlm.lora import load_adapter
 from vlm.modeling import VisionLanguageModel
@@ -178,8 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"no {path.name} in {options.folder}; expected the folder named by a run that stopped, and one of its ranks"
             )
         model, processor = _as_it_trained(options.folder)
-        if torch.cuda.is_available():  # where it trained: a fault of a kernel is nowhere else
-            model.to("cuda")
+        model.to(default_device())  # a fault of a GPU's kernel is nowhere else
         batches = torch.load(path, weights_only=True)
         print(_text(examine_batches(model, model, batches, processor, gradients="all")))
         return 0

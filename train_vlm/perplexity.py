@@ -20,6 +20,7 @@ from train_vlm.heldout import looking
 from train_vlm.plain_text import read_documents
 from train_vlm.training_step import forward_inputs
 from vlm.checkpoint import load_model
+from vlm.device import default_device
 from vlm.processing import VLMProcessor
 
 __all__ = ["main", "measure_perplexity", "text_windows"]
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model, processor = load_model(options.model)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(default_device())
         samples = text_windows(options.text, processor, options.max_tokens)
         found = measure_perplexity(model, samples, processor, pack_tokens=max(MAX_TOKENS, options.max_tokens))
     except (ValueError, OSError) as error:

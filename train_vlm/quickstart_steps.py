@@ -74,9 +74,9 @@ class _PeakMemory(threading.Thread):
 @cache
 def accelerator() -> str:
     """What the quickstart trains on: DS_ACCELERATOR, else "cuda" where torch finds a GPU it can use, else "cpu"."""
-    import torch
+    from vlm.device import default_device
 
-    return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+    return os.environ.get("DS_ACCELERATOR") or default_device()
 
 
 def _on_chosen_gpus(command: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from ..checkpoint import load_model
+from ..device import default_device
 from .check import BOUNDS
 from .examination import examine, small_model
 
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args(arguments)
     try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(options.device or default_device())
         dtype = DTYPES.get(options.dtype)
         if options.model:
             model, processor = load_model(options.model, dtype=dtype, device=device)

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from ..checkpoint import load_model
+from ..device import default_device
 from .drift import check
 from .pack import open_pack, write
 
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one")
     options = parser.parse_args(arguments)
     try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(options.device or default_device())
         model, processor = load_model(options.folder, device=device)
         if options.write:
             written = write(model, processor, options.folder)
