@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .float32_digits import float32_digits
+
 __all__ = ["choice", "describe", "fast_scan", "probe"]
 
 INSTALL = "pip install 'nemotron-h-vision[cuda]'"
@@ -105,20 +107,15 @@ def _compare(scan: Callable, case: dict, device, dtype: torch.dtype) -> tuple[fl
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """The first call may come from anywhere: generation without gradients, a step under autocast, a block that activation checkpointing
-    runs, whose hooks would answer the probe's backward pass by running the block, and with it the probe, again. And the plain path is
-    held to float32's digits, which TF32 has not."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-            torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    runs, whose hooks would answer the probe's backward pass by running the block, and with it the probe, again."""
+    with (
+        float32_digits(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+    ):
+        yield
 
 
 def findings(scan: Callable, device, dtype: torch.dtype) -> list[Finding]:

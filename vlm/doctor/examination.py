@@ -1,12 +1,12 @@
 """All checks on one model, in order, each shielded from the others: a check that breaks down is a failed check, not the end."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..assemble import assemble
+from ..decoder.float32_digits import float32_digits
 from ..modeling import VisionLanguageModel
 from ..processing import VLMProcessor
 from . import answers, operations, parts, separation
@@ -29,19 +29,6 @@ def small_model() -> tuple[VisionLanguageModel, VLMProcessor]:
             elif name.endswith("conv1d.bias"):
                 parameter.add_(0.3)
     return model, processor
-
-
-@contextmanager
-def _float32_digits() -> Iterator[None]:
-    """No TF32, which a GPU's convolutions use unless told otherwise: bounds in float32 are for float32."""
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def examine(model: VisionLanguageModel, processor: VLMProcessor, folder: str | Path | None = None) -> Iterator[Check]:
@@ -81,7 +68,7 @@ def examine(model: VisionLanguageModel, processor: VLMProcessor, folder: str | P
     for name, run in checks:
         found = []
         try:
-            with _float32_digits():
+            with float32_digits():
                 found.extend(run())
         except Exception as error:  # whatever breaks in a check is its finding
             reason = (str(error).splitlines() or [""])[0]
