@@ -10,7 +10,6 @@ largest input shard plus 2 GB.
 """
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -55,11 +54,9 @@ def main() -> None:
         result = run(options, folder)
     finally:
         shutil.rmtree(folder)
-    from vlm.files import write_whole
+    from result_files import write_results
 
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict:

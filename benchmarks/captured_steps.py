@@ -19,13 +19,13 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from decoder import BODY  # noqa: E402
+from result_files import write_results  # noqa: E402
 from shown_command import shown_command  # noqa: E402
 from transformers.models.nemotron_h import NemotronHForCausalLM  # noqa: E402
 
 from vlm.decoder import preset_config, take_over_mixers  # noqa: E402
 from vlm.decoder.serving import ServingDecoder  # noqa: E402
 from vlm.engine.decode_graphs import DecodeGraphs  # noqa: E402
-from vlm.files import write_whole  # noqa: E402
 
 SIZES = {"tiny": ("tiny", {}), "60M": ("tiny", BODY), "4b": ("4b", {}), "8b": ("8b", {})}
 READ = 512
@@ -113,9 +113,7 @@ def main() -> int:
         "command": shown_command("captured_steps.py"), "device": torch.cuda.get_device_name(device), "torch": torch.__version__,
         "transformers": transformers.__version__, "steps": options.steps, "rows": rows,
     }  # fmt: skip
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
     return 0 if all(row["same"] for row in rows) else 1
 
 

@@ -11,7 +11,6 @@ No padding, no pictures, no shared prefixes: benchmarks/engine.py has those.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -24,12 +23,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from result_files import write_results  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.models.nemotron_h import NemotronHForCausalLM  # noqa: E402
 
 from vlm.decoder import DecoderState, Layout, preset_config, run_layers, take_over_mixers  # noqa: E402
 from vlm.decoder.serving import ServingDecoder  # noqa: E402
-from vlm.files import write_whole  # noqa: E402
 
 BODY = {
     "pattern": "M-M-M*-M-M-M-M*-M-M-M-", "hidden_size": 512, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -203,9 +202,7 @@ def main() -> None:
         **{name: getattr(options, name) for name in ("threads", "device", "dtype", "rounds", "new_tokens")},
         "sizes": [measure(size, options) for size in options.sizes],
     }
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
 
 
 if __name__ == "__main__":

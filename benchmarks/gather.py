@@ -22,10 +22,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from result_files import write_results  # noqa: E402
 from shown_command import shown_command  # noqa: E402
 
 from vision_encoders.gathering import gather_over_ranks  # noqa: E402
-from vlm.files import write_whole  # noqa: E402
 
 MESSAGES = {"two sums of 100 channels, float64": (201, torch.float64, 200), "half of Muon's updates, float32": (530_000, torch.float32, 40)}
 ROUNDS = 5
@@ -103,9 +103,7 @@ def main() -> None:
         "command": shown_command("gather.py"), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
         "python": platform.python_version(), "ranks": options.ranks, "rows": json.loads(said[0]),
     }  # fmt: skip
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
 
 
 if __name__ == "__main__":

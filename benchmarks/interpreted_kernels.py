@@ -10,7 +10,6 @@ out, whose products the interpreter gets wrong, and so is speed. Some three minu
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import sys
@@ -25,10 +24,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from result_files import write_results  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
 from vlm.decoder import kernels, step_kernel  # noqa: E402
-from vlm.files import write_whole  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -89,9 +88,7 @@ def main() -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__, "triton": triton.__version__, "mamba_ssm": version, "rows": rows,
     }  # fmt: skip
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
     return 0 if all(row["holds"] for row in rows) else 1
 
 

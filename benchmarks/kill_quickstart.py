@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from result_files import write_results  # noqa: E402
 
 from train_vlm.quickstart import TASKS, plan  # noqa: E402
 from train_vlm.quickstart_report import TASK_NAMES  # noqa: E402
 from train_vlm.quickstart_steps import run_steps  # noqa: E402
-from vlm.files import write_whole  # noqa: E402
 
 LONGEST_SECONDS = 1200  # for any start
 MINUTES, RANKS = 1, 1  # half a minute of training, the least there is
@@ -199,9 +199,7 @@ def main() -> int:
         "kills": kills,
         "verdict": verdict(whole, killed, names, code, left),
     }
-    write_whole(options.out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(record))
-    print(page(record))
+    write_results(options.out, record, page(record))
     return 0 if is_good(record["verdict"]) else 1
 
 

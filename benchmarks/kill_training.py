@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import yaml  # noqa: E402
+from result_files import write_results  # noqa: E402
 
 from train_vlm.quickstart import ENCODER, RECIPES  # noqa: E402
 from vlm.files import write_whole  # noqa: E402
@@ -248,9 +249,7 @@ def main() -> int:
         "kills": state["kills"],
         "verdict": verdict(work),
     }  # fmt: skip
-    write_whole(options.out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(record))
-    print(page(record))
+    write_results(options.out, record, page(record))
     found = record["verdict"]
     hashes = {found[key] for key in found if key.startswith("stream_hash")}
     good = found["weights_equal_to_the_last_bit"] and found["accounts_equal"] and not found["losses_that_differ"] and len(hashes) == 1

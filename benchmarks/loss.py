@@ -25,8 +25,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from result_files import write_results  # noqa: E402
 
-from vlm.files import write_whole  # noqa: E402
 from vlm.loss import IGNORE_INDEX, supervised_loss  # noqa: E402
 
 
@@ -143,9 +143,7 @@ def main() -> None:
         full: run(full, options.answers[0]),
         ours: [{"answers": answers} | run(ours, answers) for answers in options.answers],
     }
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
 
 
 if __name__ == "__main__":

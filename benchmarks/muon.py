@@ -7,7 +7,6 @@ entry, of a gradient of full rank and of one of rank 5.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -18,10 +17,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
+from result_files import write_results  # noqa: E402
 from shown_command import shown_command  # noqa: E402
 
 from train_vlm.muon import _iterate, _iterate_within_gram, orthogonalize  # noqa: E402
-from vlm.files import write_whole  # noqa: E402
 
 SHAPES = ((384, 384), (128, 128), (128, 256), (128, 384), (128, 584), (96, 864), (48, 288))
 WAYS = {"itself": _iterate, "within Gram": _iterate_within_gram, "chosen": lambda x, iterations: orthogonalize(x, iterations)}
@@ -76,9 +75,7 @@ def main() -> None:
         "command": shown_command("muon.py"), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
         "python": platform.python_version(), "rows": [row(shape) for shape in SHAPES],
     }  # fmt: skip
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from result_files import write_results  # noqa: E402
 from train_work import SAMPLES, WAYS  # noqa: E402
 
 from train_vlm.quickstart import ENCODER  # noqa: E402
-from vlm.files import write_whole  # noqa: E402
 
 STEPS = {"tiny": 12, "hybrid": 2}
 ROUNDS = {"tiny": 3, "hybrid": 1}
@@ -178,9 +178,7 @@ def main() -> int:
             chosen = [way for way in ways if name == "hybrid" or "lean" not in way]  # the tiny model's activations are no burden
             result["models"][name] = measure(name, folder, chosen, options)
     result["seconds"] = time.monotonic() - began
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
     return 1 if any("MISSED" in line for line in verdicts(result)) else 0
 
 

@@ -34,6 +34,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from PIL import Image  # noqa: E402
+from result_files import write_results  # noqa: E402
 
 from train_vlm.batching import MicroBatchPositions, pack  # noqa: E402
 from train_vlm.engine_start import start_engine  # noqa: E402
@@ -278,9 +279,7 @@ def main() -> int:
         "deepspeed": deepspeed.__version__,
     }
     found.unlink()
-    write_whole(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    write_whole(options.out.with_suffix(".md"), page(result))
-    print(page(result))
+    write_results(options.out, result, page(result))
     good = all(row["gradient"] <= BARS["gradient"] and row["loss"] <= BARS["loss"] for row in result["rows"])
     return 0 if good else 1
 
