@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Dealt", "deal", "deal_in_order", "deal_step", "fitting_micro_batches", "imbalance", "predict"]
+__all__ = ["Dealt", "deal", "deal_in_order", "deal_step", "fewest_micro_batches", "fitting_micro_batches", "imbalance", "predict"]
 
 PREDICTED_STEPS = 100
 
@@ -124,6 +124,11 @@ def predict(
     return Dealt(steps, by_cost, in_order, longest)
 
 
+def fewest_micro_batches(batch_samples: int, micro_batches: int, ranks: int) -> int:
+    """The recipe's number, or where a rank has fewer samples than that as many as it has: a pack without any costs a pass, too."""
+    return max(1, min(micro_batches, -(-batch_samples // ranks)))
+
+
 def fitting_micro_batches(
     batch_samples: int,
     micro_batches: int,
@@ -135,10 +140,9 @@ def fitting_micro_batches(
     steps: int,
     rank_blind: bool = False,
 ) -> int:
-    """The least number of micro-batches, from `micro_batches` on - or from as many as there are samples for each rank, for a pack without
-    any costs a pass, too - with which every pack of the first `steps` steps holds at most `pack_tokens`. Raises ValueError when a sample
-    alone is longer."""
-    found = max(1, min(micro_batches, -(-batch_samples // ranks)))
+    """The least number of micro-batches, from `fewest_micro_batches` on, with which every pack of the first `steps` steps holds at most
+    `pack_tokens`. Raises ValueError when a sample alone is longer."""
+    found = fewest_micro_batches(batch_samples, micro_batches, ranks)
     for step in range(steps):
         positions = list(range(step * batch_samples, (step + 1) * batch_samples))
         longest = max(map(tokens, positions))

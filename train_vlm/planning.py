@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from train_vlm.adapters import put_on_adapters
+from train_vlm.dealing import fewest_micro_batches
 from train_vlm.flops import KNOWN_DEVICES, FlopCosts, count_costs
 from train_vlm.freezing import apply_parts, parameter_groups, parts_table
 from train_vlm.memory_plan import CARDS_GB, GIB, cards_that_fit, checkpoint_bytes, memory_rows, moved_bytes
@@ -133,7 +134,8 @@ def _memory_lines(recipe: Recipe, model: VisionLanguageModel, work: StepWork) ->
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     width = 2 if recipe.run.precision == "bfloat16" else 4
-    share = plan.cards * data.micro_batches
+    packs = data.micro_batches if data.pack_tokens is None else fewest_micro_batches(data.batch_samples, data.micro_batches, plan.cards)
+    share = plan.cards * packs
     tokens = data.pack_tokens or max(work.tokens, work.samples * work.tokens / share)
     tiles = tokens / work.tokens * work.tiles
     kept = activation_bytes(model, tokens, tiles, checkpointing=recipe.run.activation_checkpointing,
@@ -157,9 +159,9 @@ def _memory_lines(recipe: Recipe, model: VisionLanguageModel, work: StepWork) ->
     saved = checkpoint_bytes(trained, precision=recipe.run.precision, kind=recipe.optimizer.kind) / GIB
     lines.append(f"a checkpoint: {saved:.1f} GiB on disk; up to {recipe.run.keep + 1} at a time: {(recipe.run.keep + 1) * saved:.1f} GiB")
     if recipe.run.zero_stage == 3 and plan.cards > 1:
-        moved = moved_bytes(trained, frozen, precision=recipe.run.precision) * data.micro_batches
+        moved = moved_bytes(trained, frozen, precision=recipe.run.precision) * packs
         lines.append(
-            f"ZeRO 3 moves {moved / 1e9:.0f} GB a rank in a step of {data.micro_batches} pack(s): {moved / 1e9 / plan.network_gb_s:.1f} s "
+            f"ZeRO 3 moves {moved / 1e9:.0f} GB a rank in a step of {packs} pack(s): {moved / 1e9 / plan.network_gb_s:.1f} s "
             f"at {plan.network_gb_s:g} GB/s; where computing takes less, it waits"
         )
     return lines

@@ -133,6 +133,15 @@ def test_a_recipe_fits_the_cards_that_it_plans(name):
     assert str(MEMORY_GB[recipe.plan.card]) in fits
 
 
+def test_the_plan_has_no_packs_without_a_sample():
+    """128 samples on 64 cards in four packs each would leave half of them blank; a run makes two, and so it is planned."""
+    recipe = load_recipe(RECIPES / "8b_sft.yaml", ["plan.cards=64"])
+    (line,) = [line for line in plan_text(recipe).splitlines() if line.startswith("ZeRO 3 moves")]
+    assert "in a step of 2 pack(s): 2.1 s at 50 GB/s" in line
+    (line,) = [line for line in plan_text(load_recipe(RECIPES / "8b_sft.yaml")).splitlines() if line.startswith("a checkpoint")]
+    assert line == "a checkpoint: 111.9 GiB on disk; up to 3 at a time: 335.7 GiB"
+
+
 def test_the_plan_says_whose_blocks_are_computed_again(align):
     """The encoder has a switch of its own; nobody should take the one for the other."""
     recipe, _ = align
