@@ -1,4 +1,5 @@
-"""Asks the model every question of a split, so that a kill costs what was in the engine at that moment and nothing is asked twice.
+"""Asks the model every question of a split, so that a kill costs what was in the engine and the answers of the second before, and nothing
+else is asked twice.
 
 OUT/run.json       what was asked of what: written first, and completed with counts and problems at the end
 OUT/predictions.jsonl   one line per question as it is answered, by any number of processes

@@ -98,6 +98,7 @@ class PredictionsFile:
             file.seek(end)
             while content:
                 content = content[file.write(content) :]
+            self._read_on(file)
 
     def refresh(self) -> bytes:
         """Reads the lines that were added by anybody since the last time; returns what follows the last line feed.

@@ -70,6 +70,20 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     assert [row["question_id"] for row in outcome.rows] == list(range(7))
 
 
+def test_answers_are_on_disk_before_anything_else_is_asked(tmp_path):
+    """Behind a batch its images are let go; another process would ask what it does not find in the file."""
+    seen = []
+
+    class Looking(FakeEngine):
+        def generate(self, requests, on_answer=None):
+            path = tmp_path / "out" / "predictions.jsonl"
+            seen.append(len(path.read_text().splitlines()) if path.exists() else 0)
+            return super().generate(requests, on_answer)
+
+    run(make_questions(tmp_path), tmp_path / "out", Looking(), batch=3)
+    assert seen == [0, 3, 6]
+
+
 def test_a_torn_last_line_is_asked_again(tmp_path):
     questions, out = make_questions(tmp_path), tmp_path / "out"
     run(questions, out)
