@@ -194,6 +194,8 @@ class PretendGpu:
             is_here = is_here and not (operation is aten.copy_.default and others and others[0] is args[0])
         elif any(other.dim() for other in others) and operation not in INDEXED_BY_HOST:
             raise RuntimeError(f"{operation}: expected all tensors to be on the same device, found {self.device} and {others[0].device}")
+        elif operation is aten.native_batch_norm_backward.default and any(part is None for part in (args[2], *args[5:7])):
+            raise RuntimeError("native_batch_norm_backward: INTERNAL ASSERT FAILED, a GPU reads weight, save_mean and save_invstd")
         elif others and operation in INDEXED_BY_HOST or operation in NEEDS_HOST:
             self._host_waits(str(operation))
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"} | ({"device": "cpu"} if wanted is not None else {})

@@ -72,7 +72,7 @@ def _checksum(path: Path) -> tuple[int, int]:
 
 
 def _several_at_once(action: Callable, paths: list[Path]) -> Iterator:
-    """Results in order; reading and checksums leave Python alone, and one file at a time is a tenth of what a file system gives."""
+    """Results in order. Reading and checksums run beside Python, and a file system of many disks gives more to several than to one."""
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         yield from pool.map(action, paths)
 

@@ -200,6 +200,26 @@ def cut_and_whole(bench: Bench, folder: Path, shards: str, model: str, **setting
     return {"logs": logs, "left": left, "weights_equal": files[0] == files[1], "out": str(cut.out)}
 
 
+def moved_whole(bench: Bench, folder: Path, shards: str, model: str) -> dict:
+    """By stage of ZeRO, how often a run puts its whole model onto the device."""
+    kind, found = type(bench.model), {}
+    real, moved = kind.to, []
+
+    def watched(self, *arguments, **settings):
+        moved.append(arguments)
+        return real(self, *arguments, **settings)
+
+    kind.to = watched
+    try:
+        for stage in (2, 3):
+            moved.clear()
+            train(run_recipe(folder / f"moved{stage}", shards, model, steps=1, zero_stage=stage, save_every_steps=None))
+            found[stage] = len(moved)
+    finally:
+        kind.to = real
+    return found
+
+
 def cut_in_step(bench: Bench, recipe: Recipe, step: int) -> list[str]:
     """Start a run and stop it in a step; rank 0 gets the names of the checkpoints that are left."""
     train_until(recipe, step)
@@ -305,6 +325,7 @@ def main(shards: str, model_folder: str, out: str, killed: str) -> None:
     results |= adapters_and_offloading(bench, ALL, weights)
     results["resumed_lora"] = cut_and_whole(bench, Path(out, "lora"), shards, model_folder, lora=LORA, zero_stage=3)
     stopped = run_recipe(Path(out, "faulty"), shards, model_folder, zero_stage=1, steps=99, save_every_steps=None)
+    results["moved_whole"] = moved_whole(bench, Path(out), shards, model_folder)
     results["stopped_by_the_ledger"] = stopped_by_the_ledger(stopped, Path(shards).with_name("faulty"))
 
     for stage in (1, 3):

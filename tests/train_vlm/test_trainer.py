@@ -154,6 +154,12 @@ def test_a_recipe_s_micro_batches_have_the_same_samples_whatever_the_ranks(seen)
     assert held[0] != [in_order[start : start + 2] for start in range(0, 16, 4)]  # by cost: two by two as they come would be another way
 
 
+def test_under_zero_3_no_device_holds_the_whole_model(seen):
+    """DeepSpeed's engine would move it there before it is shared out: 94 GB of 47 billion parameters."""
+    results, _ = seen
+    assert results["moved_whole"]["3"] == 0 < results["moved_whole"]["2"]
+
+
 @pytest.mark.parametrize("name", ["align_zero1", "align_zero3"])
 def test_frozen_parts_stay_to_the_bit(seen, name):
     """Weight decay or a stray gradient on a frozen encoder would change a model that nobody meant to train."""

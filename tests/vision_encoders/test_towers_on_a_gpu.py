@@ -5,8 +5,26 @@ import copy
 import pytest
 import torch
 from test_contract import TINY
+from torch import nn
 
+import vision_encoders.shared_statistics as shared_statistics
 from vision_encoders import build_vision_encoder
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_over_ranks_goes_backwards_on_a_gpu(affine, one_rank, pretend_gpu):
+    """CUDA's backward pass reads statistics and weight where a processor's does without."""
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for device in ("cpu", pretend_gpu.device):
+        layer = nn.BatchNorm2d(3, affine=affine)
+        layer = layer if device == "cpu" else pretend_gpu.put(layer)
+        shared_statistics._wrap(layer)  # one rank alone would be left as it is
+        given = x.clone().to(device).requires_grad_()
+        (layer(given) * torch.arange(300.0, device=device).view(x.shape)).sum().backward()
+        found.append([given.grad.cpu(), *(parameter.grad.cpu() for parameter in layer.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
 
 
 @pytest.fixture(params=TINY)

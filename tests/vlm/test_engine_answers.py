@@ -186,6 +186,20 @@ def test_the_common_length_of_two_prompts():
         assert common_length(np.array(first, dtype=np.int64), np.array(second, dtype=np.int64)) == expected
 
 
+def test_equal_tiles_are_encoded_once_whoever_asks_about_them(engine, exact_model, monkeypatch):
+    """A picture behind two system texts shares no prefix; the sky in five tiles of one picture is one tile."""
+    plain, seen, encode = Image.new("RGB", (256, 64), "blue"), [], exact_model.encode_tiles
+    monkeypatch.setattr(exact_model, "encode_tiles", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    requests = [ask("What?", PICTURES[0], plain), ask("Where?", PICTURES[0])]
+    for number, request in enumerate(requests):
+        request.messages.insert(0, {"role": "system", "content": f"You are assistant {number}."})
+    together = engine.generate(requests)
+    picture = engine.processor.image_processor.count_tiles(*PICTURES[0].size)
+    assert engine.processor.image_processor.count_tiles(*plain.size) > 2 and sum(seen) == picture + 1
+    alone = [Engine(exact_model, engine.processor, self_check=False).generate([request])[0] for request in requests]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+
+
 @pytest.mark.gpu
 def test_captured_steps_equal_plain_ones(tiny_processor):
     if not torch.cuda.is_available():

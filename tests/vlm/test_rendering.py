@@ -1,7 +1,9 @@
 """One renderer: plain text stays plain, labels cover answers only, a prompt is a prefix of its training text."""
 
+import copy
 import json
 import random
+from functools import lru_cache
 
 import pytest
 
@@ -163,3 +165,13 @@ def test_marked_text_must_have_as_many_images_as_tile_counts(tiny_processor, cha
     renderer = Renderer(tiny_processor.tokenizer, chat_formats()[chat], 4)
     with pytest.raises(ValueError, match="found 2 times <image> in the text for 1 images"):
         renderer.encode_marked("<image>\n<image>\nWhat?", [1])
+
+
+def test_long_texts_do_not_fill_the_memory_of_short_ones(tiny_processor):
+    """Ids of a page are a hundred times those of a question; a reading process would hold gigabytes of them."""
+    renderer = copy.copy(tiny_processor.renderer)
+    renderer._encode_cached, renderer._encode_long_cached = (lru_cache(maxsize=size)(renderer._encode) for size in (65536, 256))
+    for number in range(300):
+        page, question = f"{number} word" * 60, f"question {number}?"
+        assert renderer.encode_plain(page) == list(renderer._encode(page)) and renderer.encode_plain(question)
+    assert renderer._encode_cached.cache_info().currsize == 300 and renderer._encode_long_cached.cache_info().currsize == 256
