@@ -125,7 +125,7 @@ def test_rows_may_read_their_states_where_they_were_forked_from(decoder, lengths
     for state in slots.ssm.values():
         state.fill_(float("nan"))  # as an earlier request may have left anything
     slots.fork(origin, [1, 1, 1], [4, 1, 2], with_ssm=False)
-    hidden = decoder.prefill(embed(decoder, *tails), slots, [4, 1, 2], list(lengths), common=Common(origin, 1, 20))
+    hidden = decoder.prefill(embed(decoder, *tails), slots, [4, 1, 2], list(lengths), commons=[Common(origin, 1, 20)] * 3)
     for tail, found in zip(tails, decoder.logits(hidden).split(lengths), strict=True):
         close(found, logits_of(decoder, torch.cat([prefix, tail]))[20:])
     more = torch.randint(0, 60, (5,))
@@ -133,6 +133,45 @@ def test_rows_may_read_their_states_where_they_were_forked_from(decoder, lengths
     decoded = decoder.decode(more, slots, max(slots.counts) + 1)
     for row, tail in zip((4, 1, 2), tails, strict=True):
         close(decoded[row], logits_of(decoder, torch.cat([prefix, tail, more[row : row + 1]]))[-1])
+
+
+@pytest.mark.parametrize("cached_scores", [2**19, 1])
+def test_one_call_reads_families_of_several_states(decoder, monkeypatch, cached_scores):
+    """Rows of two pictures, mixed and of different lengths, one that goes on from its own copy and one that begins."""
+    monkeypatch.setattr(serving_attention, "CACHED_SCORES", cached_scores)
+    prefixes = [torch.randint(0, 60, (length,)) for length in (20, 33)]
+    origin, slots = decoder.slots(2, 33), decoder.slots(8, 60)
+    decoder.prefill(embed(decoder, *prefixes), origin, [0, 1], [20, 33])
+    families = [Common(origin, row, len(prefixes[row])) for row in (0, 1)]
+    rows, lengths = [3, 0, 6, 1, 7, 2, 5], [6, 9, 2, 5, 1, 6, 7]
+    commons = [families[0], families[1], families[0], families[1], families[0], None, None]
+    for state in slots.ssm.values():
+        state.fill_(float("nan"))
+    for row, common in zip(rows, commons, strict=True):
+        if common is not None:
+            slots.fork(origin, [common.row], [row], with_ssm=False)
+    slots.fork(origin, [1], [2])
+    slots.clear([5])
+    before = [prefixes[0], prefixes[1]] * 2 + [prefixes[0], prefixes[1], prefixes[0][:0]]
+    tails = [torch.randint(0, 60, (length,)) for length in lengths]
+    hidden = decoder.prefill(embed(decoder, *tails), slots, rows, lengths, commons=commons)
+    for prefix, tail, found in zip(before, tails, decoder.logits(hidden).split(lengths), strict=True):
+        close(found, logits_of(decoder, torch.cat([prefix, tail]))[len(prefix) :])
+    assert [slots.common[row] for row in rows] == commons
+    slots.scrub([4])
+    more = torch.randint(0, 60, (8,))
+    decoded = decoder.decode(more, slots, max(slots.counts) + 1)
+    for row, prefix, tail in zip(rows, before, tails, strict=True):
+        close(decoded[row], logits_of(decoder, torch.cat([prefix, tail, more[row : row + 1]]))[-1])
+
+
+def test_a_row_that_has_read_on_does_not_go_on_from_where_it_came(decoder):
+    origin, slots = decoder.slots(1, 9), decoder.slots(1, 30)
+    decoder.prefill(embed(decoder, torch.arange(9)), origin, [0], [9])
+    slots.fork(origin, [0], [0])
+    decoder.prefill(embed(decoder, torch.arange(4)), slots, [0], [4])
+    with pytest.raises(ValueError, match="row 0 has read 13 tokens, the row it is to go on from 9"):
+        decoder.prefill(embed(decoder, torch.arange(4)), slots, [0], [4], commons=[Common(origin, 0, 9)])
 
 
 def test_growing_and_moving_rows_changes_nothing(decoder):

@@ -92,7 +92,7 @@ def test_decoding_from_common_states_is_that_of_whole_texts(decoder, monkeypatch
         common = Common(origin, family, len(prefixes[family]))
         slots.fork(origin, [family] * 3, rows, with_ssm=False)
         asked = [words(draw.randint(1, 7)) for _ in rows]
-        decoder.prefill(embed(decoder, sum(asked, [])), slots, rows, [len(each) for each in asked], common=common)
+        decoder.prefill(embed(decoder, sum(asked, [])), slots, rows, [len(each) for each in asked], commons=[common] * len(rows))
         for row, each in zip(rows, asked, strict=True):
             texts[row] = prefixes[family] + each
     slots.clear([0, 6])
@@ -138,8 +138,9 @@ def test_small_states_and_long_questions_have_no_tails(decoder, monkeypatch):
     origin, slots = decoder.slots(1, 10), decoder.slots(2, 40, with_tails=True)
     decoder.prefill(embed(decoder, list(range(10))), origin, [0], [10])
     slots.fork(origin, [0, 0], [0, 1], with_ssm=False)
-    decoder.prefill(embed(decoder, list(range(9))), slots, [0, 1], [8, 1], common=Common(origin, 0, 10))
-    assert slots.is_tail == [False, False]
+    decoder.prefill(embed(decoder, list(range(9))), slots, [0, 1], [8, 1], commons=[Common(origin, 0, 10)] * 2)
+    assert slots.is_tail == [False, True]  # each for itself
     found = decoder.decode(torch.tensor([4, 4]), slots, 19)
-    expected = expected_logits(decoder, [*range(10), *range(8), 4])
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    for row, read in enumerate((list(range(8)), [8])):
+        expected = expected_logits(decoder, [*range(10), *read, 4])
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -21,7 +21,9 @@ __all__ = ["Borders", "Group", "Packing"]
 @dataclass(frozen=True)
 class Group:
     """Segments of similar length. rows: (G,) their rows in the buffers, row_slice: the same when they stand side by side; span: keys
-    each may see at most, its past included.
+    each may see at most, its past included. common: where
+    the SSM states before stand and the keys and values of all that was read before, the same for all of them, or None; as_tails: what they
+    read becomes tails on it.
 
     places: (G L) their positions in the pack (padding repeats the last one), or a slice when nothing needs to be moved;
     valid: (G, L) bool, or None without padding; kept: which of the G L are real, targets: their places in the pack.
@@ -33,6 +35,8 @@ class Group:
     span: int
     past: Tensor  # (G,) tokens read before
     is_fresh: bool  # nothing was read before, by any
+    common: Common | None
+    as_tails: bool
     places: Tensor | slice
     valid: Tensor | None
     kept: Tensor | None
@@ -91,15 +95,21 @@ class Borders:
 
 class Packing:
     """lengths: tokens of each segment, in the order of the pack; rows: its row in the buffers; past: tokens that row has read before;
-    common: where the states before stand, if not in those rows; as_tails: what is read becomes the rows' tails on it."""
+    commons: of each where its SSM state before stands, or None: in its row; as_tails: which become tails on that."""
 
     def __init__(
-        self, lengths: list[int], rows: list[int], past: list[int], device, common: Common | None = None, *, as_tails: bool = False
+        self,
+        lengths: list[int],
+        rows: list[int],
+        past: list[int],
+        device,
+        commons: list[Common | None] | None = None,
+        as_tails: list[bool] | None = None,
     ):
         if not lengths or min(lengths) < 1 or not len(lengths) == len(rows) == len(past) or len(set(rows)) != len(rows):
             raise ValueError(f"found segments of {lengths} tokens for the rows {rows}; expected one or more tokens for different rows")
         self.lengths, self.rows, self.past, self.device = lengths, rows, past, device
-        self.common, self.as_tails = common, as_tails
+        self.commons, self.as_tails = commons or [None] * len(rows), as_tails or [False] * len(rows)
         self._borders: Borders | None = None
         self.total = sum(lengths)
         starts = [0]
@@ -134,9 +144,17 @@ class Packing:
 
     @cached_property
     def groups(self) -> list[Group]:
-        return [self._group(members) for members in groups_of_similar_length(tuple(self.lengths))]
+        """Segments of similar length, and of one common state."""
+        kinds: dict[tuple[Common | None, bool], list[int]] = {}
+        for index, kind in enumerate(zip(self.commons, self.as_tails, strict=True)):
+            kinds.setdefault(kind, []).append(index)
+        return [
+            self._group([indices[place] for place in members], *kind)
+            for kind, indices in kinds.items()
+            for members in groups_of_similar_length(tuple(self.lengths[index] for index in indices))
+        ]
 
-    def _group(self, members: list[int]) -> Group:
+    def _group(self, members: list[int], shared: Common | None, as_tails: bool) -> Group:
         members = sorted(members)
         longest = max(self.lengths[index] for index in members)
         even = all(self.lengths[index] == longest for index in members)
@@ -149,6 +167,8 @@ class Packing:
             "span": max(self.past[index] + self.lengths[index] for index in members),
             "past": self._tensor(past),
             "is_fresh": not any(past),
+            "common": shared,
+            "as_tails": as_tails,
         }
         if even and members == list(range(members[0], members[0] + len(members))):
             first = self.starts[members[0]]

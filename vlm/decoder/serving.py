@@ -104,15 +104,21 @@ class ServingDecoder:
         lengths: list[int],
         *,
         last_only: bool = False,
-        common: Common | None = None,
+        commons: list[Common | None] | None = None,
     ) -> Tensor:
         """Segments packed end to end, embeddings (T, D), go on from their `rows`, which are updated; -> hidden states (T, D) after the
-        final norm, or with `last_only` those of each segment's last token (segments, D). `embeddings` is used up. `common`: where all rows'
-        SSM states come from when they were forked without (`Slots.fork`). Raises ValueError when lengths and rows do not fit."""
+        final norm, or with `last_only` those of each segment's last token (segments, D). `embeddings` is used up. `commons`: for each
+        row that was just forked without its SSM state (`Slots.fork`) where that stands, None for the others. Raises ValueError when
+        lengths, rows and what was read do not fit."""
         slots.settle([row for row in rows if slots.is_tail[row]])
-        as_tails = common is not None and slots.tails is not None and max(lengths) < slots.tails.capacity
-        packing = Packing(lengths, rows, [slots.counts[row] for row in rows], embeddings.device, common, as_tails=as_tails)
+        commons = commons or [None] * len(rows)
+        longest = 0 if slots.tails is None else slots.tails.capacity
+        as_tails = [common is not None and length < longest for common, length in zip(commons, lengths, strict=True)]
+        packing = Packing(lengths, rows, [slots.counts[row] for row in rows], embeddings.device, commons, as_tails)
         ends = [past + length for past, length in zip(packing.past, lengths, strict=True)]
+        for row, past, common in zip(rows, packing.past, commons, strict=True):
+            if common is not None and common.tokens != past:
+                raise ValueError(f"row {row} has read {past} tokens, the row it is to go on from {common.tokens}; fork it anew")
         if packing.total != embeddings.shape[0] or max(ends) > slots.span:
             raise ValueError(
                 f"found {embeddings.shape[0]} embeddings for segments of {lengths} tokens ending at {ends}; rows have {slots.span} slots"
@@ -128,8 +134,8 @@ class ServingDecoder:
         if last_only and self.last_stateful is None:
             hidden = hidden.index_select(0, packing.last)
         slots.advance(rows, lengths)
-        for row in rows:
-            slots.common[row], slots.is_tail[row] = common or slots.common[row], as_tails
+        for row, common, as_tail in zip(rows, commons, as_tails, strict=True):
+            slots.common[row], slots.is_tail[row] = common or slots.common[row], as_tail
         return self._normed(self.language_model.model.norm_f, hidden)
 
     @torch.inference_mode()

@@ -16,6 +16,9 @@ from .slots import Common, Slots
 
 __all__ = ["AttentionServing"]
 
+CACHED_SCORES = 2**19
+"""Of queries on keys that a processor computes at a time."""
+
 MASK_ELEMENTS = 2**26
 """Of a mask that exists at once. A part of a prompt of 100,000 tokens would else have one of tens of gigabytes."""
 
@@ -46,6 +49,8 @@ class AttentionServing:
                 # Without a past, padding behind a segment is hidden by the causal mask already.
                 k, v = (group.take(tensor).transpose(1, 2).repeat_interleave(self.repeats, dim=1) for tensor in (key, value))
                 attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.mixer.scaling)
+            elif group.common is not None and not x.is_cuda:
+                attended = self._continue_common(q, *(group.take(tensor).transpose(1, 2) for tensor in (key, value)), group.common)
             else:
                 k, v = (self._kept(buffers[self.layer], group) for buffers in (slots.keys, slots.values))  # G KV span E
                 step = max(1, MASK_ELEMENTS // (group.size * self.repeats * group.span))
@@ -79,6 +84,22 @@ class AttentionServing:
         folded = query[:, :, start:stop].unflatten(1, (-1, self.repeats)).flatten(2, 3)  # G KV r L E
         out = F.scaled_dot_product_attention(folded, key[:, :, :span], value[:, :, :span], attn_mask=mask, scale=self.mixer.scaling)
         return out.unflatten(2, (self.repeats, -1)).flatten(1, 2)
+
+    def _continue_common(self, query: Tensor, key: Tensor, value: Tensor, common: Common) -> Tensor:
+        """query (G, H, L, E), key and value (G, KV, L, E) of segments that all go on from `common` -> (G, H, L, E). Of what was read before
+        there is one copy for all; a few segments at a time, so that their scores stay in the cache."""
+        segments, heads, length, _ = query.shape
+        past = [part[self.layer][common.row, :, : common.tokens] for part in (common.source.keys, common.source.values)]
+        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().repeat(self.repeats, 1)  # r L, L
+        step = max(1, CACHED_SCORES // (heads * length * (common.tokens + length)))
+        out = torch.empty_like(query)
+        for start in range(0, segments, step):
+            some = slice(start, start + step)
+            # The query heads that share a key head stand one after the other where positions would.
+            folded = query[some].unflatten(1, (-1, self.repeats)).flatten(2, 3)  # G KV r L E
+            attended = attend_shared(folded, *past, key[some], value[some], causal, self.mixer.scaling)
+            out[some] = attended.unflatten(2, (self.repeats, -1)).flatten(1, 2)
+        return out
 
     def decode(self, x: Tensor, slots: Slots, step: Step) -> Tensor:
         query, key, value = self._project(x)

@@ -69,19 +69,19 @@ class MambaServing:
             dts = group.take(steps)
             if group.valid is not None:
                 dts = dts * group.valid[..., None]  # padding neither decays nor feeds the state
-            group.put(self._scan(inner, dts, A, B, C, D, slots, group, packing), y)
+            group.put(self._scan(inner, dts, A, B, C, D, slots, group), y)
         y = y.flatten(1)
         if wanted is not None:
             y, gate = y.index_select(0, wanted), gate.index_select(0, wanted)
         return self.out_proj(self._gated_norm(y, gate, x.dtype))
 
-    def _scan(self, inner, steps, A, B, C, D, slots: Slots, group: Group, packing: Packing) -> Tensor:
+    def _scan(self, inner, steps, A, B, C, D, slots: Slots, group: Group) -> Tensor:
         """(segments, L, ..) of a group -> (segments, L, H, P); its rows' states go on, from what they hold or from the common state."""
-        mixer, states, common = self.mixer, slots.ssm[self.layer], packing.common
+        mixer, states, common = self.mixer, slots.ssm[self.layer], group.common
         x = inner.unflatten(-1, (mixer.num_heads, -1))
         B, C = B.unflatten(-1, (mixer.n_groups, -1)), C.unflatten(-1, (mixer.n_groups, -1))
         state = None if common is None else common.source.ssm[self.layer][common.row]
-        if packing.as_tails:
+        if group.as_tails:
             tails = slots.tails.layers[self.layer]
             stand = group.row_slice is not None
             tail = tails.rows(group.row_slice).first(group.longest) if stand else tails.empty(group.size, group.longest)
@@ -90,7 +90,10 @@ class MambaServing:
                 tails.write(group.rows, tail)
             return y
         if group.longest <= LONGEST_SHORT:
-            own = states[group.row_slice] if group.row_slice is not None else states.index_select(0, group.rows)
+            if group.row_slice is not None:
+                own = states[group.row_slice]
+            else:  # what stands there is read only without a common state
+                own = states.index_select(0, group.rows) if state is None else states.new_empty(group.size, *state.shape)
             y = short_scan(x, steps, A, B, C, D, own, is_fresh=group.is_fresh, common=state)
             after = None if group.row_slice is not None else own
         else:

@@ -18,7 +18,7 @@ def attend_shared(
     query: Tensor, shared_keys: Tensor, shared_values: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float
 ) -> Tensor:
     """query (R, KV, r, E); shared_keys, shared_values (KV, M, E); keys, values (R, KV, S - M, E), what comes after; visible
-    (R, 1, 1, S - M) bool or None -> (R, KV, r, E). All of it is computed in float32 at least."""
+    (R, 1, 1, S - M) bool or None, or what of it is the same for all -> (R, KV, r, E). All of it is computed in float32 at least."""
     rows, heads, repeats, width = query.shape
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)

@@ -23,7 +23,7 @@ from .tile_encoding import TileEncoder, keys_within
 
 __all__ = ["Prefill"]
 
-LEAST_FAMILY = 4  # questions about one picture that are read in a call of their own, where states are large
+LEAST_FAMILY = 4  # questions about one picture whose SSM states are not copied for each
 TOKENS_A_CALL = {"cpu": 2048, "cuda": 32768}  # packed together: bounds the activations, and on a CPU keeps them near
 
 
@@ -91,7 +91,7 @@ class Prefill:
         begun = ticket.begun
         end = min([begun.length + most_tokens, len(prompt) - left, *(cut for cut in begun.wanted if cut > begun.length)])
         piece = Piece(0, begun.length, self._between_tiles(prompt, begun.length, end), None, 0, (0,), False)
-        self._read_together([(piece, 0)], [ticket], self._tiles.encode([ticket], [piece]), begun.state, None)
+        self._read_together([(piece, 0)], [ticket], self._tiles.encode([ticket], [piece]), begun.state, {})
         begun.length = piece.end
         if piece.end in begun.wanted:
             self.keep(prompt.identity[: piece.end], begun.state, 0)
@@ -155,61 +155,60 @@ class Prefill:
 
     def _read_pieces(self, pieces, tickets, found, visual, nodes, slots, rows, places) -> Tensor:
         """Read pieces whose parents are read, a few packed calls -> hidden state of the last token of each, (pieces, D)."""
-        # 1. Every row starts from a copy of its parent's state, or from nothing. Of many questions about one picture the large SSM states
-        #    are read from where the picture's stand.
+        # 1. Every row starts from a copy of its parent's state, or from nothing; where many go on from one picture its SSM states are not
+        #    copied but read where they stand.
         common = self._fork(pieces, found, nodes, slots, rows, places)
-        # 2. As many pieces a call as stay together below the limit; those that go on from a common state by themselves.
+        # 2. As many pieces a call as stay together below the limit.
         most = TOKENS_A_CALL["cuda" if self.device.type == "cuda" else "cpu"]
-        calls: list[list[int]] = []
-        tokens: dict[Common | None, int] = {}
-        open_call: dict[Common | None, list[int]] = {}
-        for index, (piece, row) in enumerate(zip(pieces, rows, strict=True)):
-            key, length = common.get(row), piece.end - piece.start
-            if key not in open_call or tokens[key] + length > most:
-                open_call[key], tokens[key] = [], 0
-                calls.append(open_call[key])
-            open_call[key].append(index)
-            tokens[key] += length
-        last = torch.cat([
-            self._read_together([(pieces[index], rows[index]) for index in call], tickets, visual, slots, common.get(rows[call[0]]))
-            for call in calls
-        ])  # fmt: skip
-        order = [index for call in calls for index in call]
-        return last if order == sorted(order) else torch.empty_like(last).index_copy_(0, torch.tensor(order, device=self.device), last)
+        calls: list[list[tuple[Piece, int]]] = []
+        tokens = most
+        for piece, row in zip(pieces, rows, strict=True):
+            length = piece.end - piece.start
+            if not calls or tokens + length > most:
+                calls.append([])
+                tokens = 0
+            calls[-1].append((piece, row))
+            tokens += length
+        return torch.cat([self._read_together(call, tickets, visual, slots, common) for call in calls])
 
     def _fork(self, pieces, found, nodes, slots: Slots, rows, places) -> dict[int, Common]:
         """Make every row ready to read on -> for rows whose SSM states were left where they are, where that is."""
         common: dict[int, Common] = {}
         forked: set[int] = set()
+        on_processor = self.device.type == "cpu"
         for source, origins, targets in self._origins(pieces, found, nodes, rows, places):
             families: dict[int, list[int]] = {}
             for origin, target in zip(origins, targets, strict=True):
                 families.setdefault(origin, []).append(target)
-            copied = []
+            shared = {
+                origin: Common(source, origin, source.counts[origin]) if source is not slots and len(family) > 1 else None
+                for origin, family in families.items()
+            }
+            # Scan and attention of each such family are calls of their own, which a processor makes sooner than a copy of the state.
+            least = LEAST_FAMILY if on_processor else len(rows)
+            left = {origin for origin, family in families.items() if len(family) >= min(least, len(rows))}
+            left -= {origin for origin in left if shared[origin] is None}
+            for with_ssm in (False, True):
+                pairs = [(origin, row) for origin, family in families.items() if (origin not in left) == with_ssm for row in family]
+                slots.fork(source, [origin for origin, _ in pairs], [row for _, row in pairs], with_ssm=with_ssm)
             for origin, family in families.items():
-                shared = Common(source, origin, source.counts[origin]) if source is not slots and len(family) > 1 else None
-                # A call for each picture pays where its questions fill one.
-                if shared is not None and (len(family) == len(rows) or slots.tails is not None and len(family) >= LEAST_FAMILY):
-                    common |= dict.fromkeys(family, shared)
-                    slots.fork(source, [origin] * len(family), family, with_ssm=False)
-                else:
-                    copied.append((origin, family, shared))
-            slots.fork(source, [origin for origin, family, _ in copied for _ in family], [row for _, family, _ in copied for row in family])
-            for _, family, shared in copied:
                 for row in family:
-                    slots.common[row] = shared
+                    slots.common[row] = shared[origin]
+                    if origin in left:
+                        common[row] = shared[origin]
             forked.update(targets)
         slots.clear([row for row in rows if row not in forked])
         return common
 
-    def _read_together(self, call: list[tuple[Piece, int]], tickets, visual, slots: Slots, common: Common | None) -> Tensor:
+    def _read_together(self, call: list[tuple[Piece, int]], tickets, visual, slots: Slots, common: dict[int, Common]) -> Tensor:
         """Words and visual tokens, packed in the same order."""
         pieces = [piece for piece, _ in call]
         ids = [token for piece in pieces for token in tickets[piece.owner].prompt.ids[piece.start : piece.end]]
         shown = visual.of([key for piece in pieces for key in keys_within(tickets[piece.owner].prompt, piece)])
         embeddings = self.model.embed(torch.tensor([ids], device=self.device), visual_tokens=shown)[0]
         lengths = [piece.end - piece.start for piece in pieces]
-        return self.decoder.prefill(embeddings, slots, [row for _, row in call], lengths, last_only=True, common=common)
+        rows = [row for _, row in call]
+        return self.decoder.prefill(embeddings, slots, rows, lengths, last_only=True, commons=[common.get(row) for row in rows])
 
     @staticmethod
     def _origins(pieces, found, nodes, rows, places):

@@ -49,7 +49,7 @@ def check_forked_answer(model: VisionLanguageModel, processor: VLMProcessor, dec
     slots.fork(origin, [0, 0], [0, 1], with_ssm=False)
     rest = [row[prefix:-1] for row in ids]
     common = Common(origin, 0, prefix)
-    decoder.prefill(model.embed(torch.cat(rest)[None])[0], slots, [0, 1], [len(row) for row in rest], common=common)
+    decoder.prefill(model.embed(torch.cat(rest)[None])[0], slots, [0, 1], [len(row) for row in rest], commons=[common] * 2)
     found = decoder.decode(torch.stack([row[-1] for row in ids]), slots, max(slots.counts[:2]) + 1)
 
     difference = float(((found - expected).abs().max() / expected.std().clamp_min(1e-12)).nan_to_num(nan=float("inf")))
