@@ -1,6 +1,7 @@
 """The engine's way on a GPU, on one that is not there (tests/pretend_gpu.py): a processor's answers, from captured steps and others."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -22,6 +23,30 @@ def expected(exact_model, tiny_processor):
     """(tokens, scores) of each, one by one on a processor."""
     engine = Engine(exact_model, tiny_processor, self_check=False)
     return [(answer.tokens, answer.scores) for request in REQUESTS for answer in engine.generate([request])]
+
+
+def together(engine):
+    """Answers of requests that are all there at the start."""
+    tickets = [engine.submit(request, keep=False) for request in REQUESTS]
+    return [ticket.result() for ticket in tickets]
+
+
+class Clock:
+    """Says how long plain steps and replays take, for the pretended GPU's own times mean nothing; runs them all the same."""
+
+    plain, replay = 2.0, 1.0
+
+    def __call__(self, act):
+        act()
+        act()
+        return self.replay if getattr(act, "__name__", "") == "replay" else self.plain
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(decode_graphs, "seconds_of", clock)
+    return clock
 
 
 @pytest.fixture
@@ -65,6 +90,53 @@ def test_a_conversation_goes_on_from_its_kept_state(engine, exact_model, tiny_pr
     answer = engine.submit(request).result()
     alone = Engine(exact_model, tiny_processor, self_check=False).generate([request])[0]
     assert answer.tokens == alone.tokens and answer.shared_tokens > 0 == alone.shared_tokens
+
+
+def test_what_is_no_faster_captured_runs_as_it_is(engine, expected, clock):
+    """Found out by running both: not one state has moved by it, nor is it asked again."""
+    clock.replay = clock.plain
+    agree(together(engine), expected)
+    graphs = engine._scheduler.graphs
+    assert graphs.reason is None and len(graphs._graphs) > 1 and not any(graphs._graphs.values())
+    assert set(graphs.measured.values()) == {(2.0, 2.0)}
+    measured = dict(graphs.measured)
+    clock.replay = 1.0
+    agree(together(engine), expected)
+    assert graphs.measured == measured
+
+
+def test_each_size_of_batch_is_measured_for_itself(engine, expected, monkeypatch, clock):
+    """A replay of eight rows is slower than a plain step here, one of fewer is faster."""
+    rows = []
+    plain = decode_graphs.DecodeGraphs._capture
+
+    def noting(self, key, *rest):
+        clock.replay = 3.0 if key[1] == 8 else 1.0
+        rows.append(key[1])
+        return plain(self, key, *rest)
+
+    monkeypatch.setattr(decode_graphs.DecodeGraphs, "_capture", noting)
+    agree(together(engine), expected)
+    found = {key[1]: graph is not None for key, graph in engine._scheduler.graphs._graphs.items()}
+    assert found == {size: size != 8 for size in found} and len(found) > 1 and 8 in found
+    assert {size for size, _ in engine._scheduler.graphs.measured} == set(rows)
+
+
+def test_prompts_are_prepared_beside_the_steps(engine, expected, monkeypatch):
+    """In another thread, so that the device does not wait for pictures to be tiled; and errors are told of the request that has them."""
+    prepare, threads = engine._prepare, set()
+
+    def noting(numbered):
+        threads.add(threading.current_thread())
+        return prepare(numbered)
+
+    monkeypatch.setattr(engine, "_prepare", noting)
+    broken = ask("broken", "no such file.png")
+    answers = engine.generate([REQUESTS[0], broken, *REQUESTS[1:]])
+    assert "no such file.png" in answers.pop(1).error
+    agree(answers, expected)
+    assert threading.current_thread() not in threads and len(threads) == 1
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_few_graphs_are_kept(engine, expected, monkeypatch):

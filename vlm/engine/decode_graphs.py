@@ -1,11 +1,14 @@
 """On a GPU: a decoding step captured as a CUDA graph, because a step of a small batch is mostly the launching of its hundreds of kernels.
 
 A graph is made for each size of batch (powers of two) and stretch of slots (multiples of 512); rows beyond the running ones compute on
-rows nobody uses. What cannot be captured (a mixture of experts picks its experts on the host) runs as it is, and `reason` says why.
+rows nobody uses. Whether that pays is measured each time: a graph whose replay is no faster than the step as it is - whose rows are mostly
+nobody's, or so many that the device is the slower one - is given up. What cannot be captured (a mixture of experts picks its experts on the
+host) runs as it is, and `reason` says why.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +21,19 @@ __all__ = ["DecodeGraphs"]
 
 MOST_GRAPHS = 16
 STRETCH = 512
+TIMED_RUNS = 2  # of each way; the faster one counts
+
+
+def seconds_of(act: Callable[[], object]) -> float:
+    """From the call to the end of the device's work: what whoever waits for the next token sees."""
+    best = float("inf")
+    for _ in range(TIMED_RUNS):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        act()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 @contextmanager
@@ -43,8 +59,9 @@ class DecodeGraphs:
     def __init__(self, decoder: ServingDecoder):
         self.decoder = decoder
         self.reason: str | None = None  # why steps are not captured
+        self.measured: dict[tuple[int, int], tuple[float, float]] = {}  # rows and stretch: seconds of a plain step and of a replay
         self._too_large: int | None = None  # the generation of buffers beside which there was no memory for graphs
-        self._graphs: OrderedDict[tuple, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[tuple, tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None] = OrderedDict()  # None: it does not pay
         self._pool = None
 
     def decode(self, tokens: Tensor, slots: Slots, span: int, *, even: bool = False) -> Tensor:
@@ -57,12 +74,14 @@ class DecodeGraphs:
         with torch.cuda.device(tokens.device):
             if key not in self._graphs:
                 try:
-                    self._capture(key, slots, rows, stretch, tokens)
+                    self._capture(key, slots, rows, stretch, tokens, span)
                 except RuntimeError as error:
                     self._give_up(error, slots)
                     return self.decoder.decode(tokens, slots, span, even=even)
-            graph, given, logits = self._graphs[key]
             self._graphs.move_to_end(key)
+            if self._graphs[key] is None:
+                return self.decoder.decode(tokens, slots, span, even=even)
+            graph, given, logits = self._graphs[key]
             given[: len(tokens)] = tokens
             graph.replay()
             return logits[: len(tokens)].clone()
@@ -77,7 +96,7 @@ class DecodeGraphs:
         self._pool = None
         torch.cuda.synchronize()
 
-    def _capture(self, key: tuple, slots: Slots, rows: int, stretch: int, tokens: Tensor) -> None:
+    def _capture(self, key: tuple, slots: Slots, rows: int, stretch: int, tokens: Tensor, span: int) -> None:
         # Buffers of an earlier generation are gone, and with them the meaning of their graphs.
         for old in [old for old in self._graphs if old[0] != key[0]]:
             del self._graphs[old]
@@ -92,8 +111,11 @@ class DecodeGraphs:
             with torch.cuda.stream(side):
                 self.decoder.decode(given, slots, stretch)
             torch.cuda.current_stream().wait_stream(side)
+            plain = seconds_of(lambda: self.decoder.decode(tokens, slots, span))
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate meanwhile: one that opens pictures, another engine.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = self.decoder.decode(given, slots, stretch)
-        self._graphs[key] = graph, given, logits
+            replayed = seconds_of(graph.replay)
+        self.measured[rows, stretch] = plain, replayed
+        self._graphs[key] = (graph, given, logits) if replayed < plain else None
