@@ -6,7 +6,8 @@ first there is no such probability, and no file for that task.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 from eval_vqa.image_files import grey_like, load_image
 from eval_vqa.official_files import Question
@@ -17,6 +18,7 @@ from eval_vqa.prompts import PROMPTS, render_prompt
 __all__ = ["UNANSWERABLE", "Asker"]
 
 UNANSWERABLE = ("unanswerable", "Unanswerable")
+OPENING_THREADS, PICTURES_AHEAD = 2, 4
 
 
 class Asker:
@@ -38,19 +40,26 @@ class Asker:
 
     def ask(self, batch: list[Question]) -> None:
         """Writes one row for each question. Raises ValueError for an unreadable image when that is to stop the run."""
-        pictures: dict = {}
-        requests, asked = [], []
+        from vlm.ahead import Ahead
+
+        of_image: dict = {}
         for question in batch:
-            if question.image not in pictures:
-                pictures[question.image] = self._picture(question)
-            image, circumstances = pictures[question.image]
-            if image is None:
-                self._write_unreadable(question, circumstances["problem"])
-                continue
-            text = render_prompt(PROMPTS[self.task], question.text)
-            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-            requests.append(self.make_request(messages=[{"role": "user", "content": content}], **self.options))
-            asked.append((question, circumstances))
+            of_image.setdefault(question.image, []).append(question)
+        asked: list[tuple[Question, dict]] = []
+
+        def requests() -> Iterator:
+            # Taken as the engine has room, so that few pictures are in memory; opened by other threads, while it computes.
+            with Ahead(self._picture, of_image.values(), workers=OPENING_THREADS, most=PICTURES_AHEAD) as opened:
+                for questions, image, circumstances in opened:
+                    for question in questions:
+                        if image is None:
+                            self._write_unreadable(question, circumstances["problem"])
+                            continue
+                        text = render_prompt(PROMPTS[self.task], question.text)
+                        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+                        asked.append((question, circumstances))
+                        yield self.make_request(messages=[{"role": "user", "content": content}], **self.options)
+
         written: set[int] = set()
 
         def on_answer(index: int, answer) -> None:
@@ -58,20 +67,21 @@ class Asker:
                 written.add(index)
                 self.write(self._row(*asked[index], answer))
 
-        if requests:
-            for index, answer in enumerate(self.engine.generate(requests, on_answer=on_answer)):
+        with closing(requests()) as given:
+            for index, answer in enumerate(self.engine.generate(given, on_answer=on_answer)):
                 on_answer(index, answer)
-        if len(written) != len(requests):
-            raise RuntimeError(f"the engine gave {len(written)} answers to {len(requests)} requests")
+        if len(written) != len(asked):
+            raise RuntimeError(f"the engine gave {len(written)} answers to {len(asked)} requests")
 
-    def _picture(self, question: Question) -> tuple:
-        """(image, what a row says of it); (None, the problem) for one that cannot be read."""
+    def _picture(self, questions: list[Question]) -> tuple:
+        """Of questions about one image: (they, image, what a row says of it); (they, None, the problem) for one that cannot be read."""
+        question = questions[0]
         try:
             image, digest = load_image(question.image)
             image = grey_like(image) if self.settings.grey else image
         except (FileNotFoundError, ValueError) as error:
-            return None, {"problem": str(error)}
-        return image, {"image_file": question.image.name, "image_sha256": digest, "tiles_wanted": self._tiles(image)}
+            return questions, None, {"problem": str(error)}
+        return questions, image, {"image_file": question.image.name, "image_sha256": digest, "tiles_wanted": self._tiles(image)}
 
     def _tiles(self, image) -> int | None:
         """How many tiles the processor cuts this image into, when nothing forces it to fewer."""

@@ -69,7 +69,7 @@ def build_parser(task: str) -> argparse.ArgumentParser:
     asking.add_argument("--out", type=Path, required=True, help="folder for predictions.jsonl, submission.json and run.json; a run goes on")
     asking.add_argument("--grey", action="store_true", help="replace every image by a grey one: the blind baseline")
     asking.add_argument("--limit", type=int, help="only the first so many questions")
-    asking.add_argument("--batch", type=int, default=64, help="questions handed to the engine at a time (default %(default)s)")
+    asking.add_argument("--batch", type=int, default=128, help="questions answered together, where memory allows (default %(default)s)")
     asking.add_argument("--thinking", action="store_true", help="let a reasoning checkpoint think before it answers (default: it does not)")
     asking.add_argument("--max-new-tokens", type=int,
                         help=f"longest answer with its thoughts (default {NEW_TOKENS}, with --thinking {THINKING_NEW_TOKENS})")  # fmt: skip
@@ -135,7 +135,7 @@ def _predict(task: str, args, load_engine) -> int:
 
     usual = THINKING_NEW_TOKENS if args.thinking else NEW_TOKENS
     most = usual if args.max_new_tokens is None else args.max_new_tokens
-    settings = PredictSettings(args.batch, most, args.grey, args.thinking, args.on_missing)
+    settings = PredictSettings(max_new_tokens=most, grey=args.grey, thinking=args.thinking, on_missing=args.on_missing)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, found {args.limit}")
     rank = this_rank()

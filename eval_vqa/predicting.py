@@ -37,7 +37,7 @@ SHARES_PER_RANK = 4  # a process takes at most this part of its share at a time,
 class PredictSettings:
     """How to ask. A run goes on only with the max_new_tokens, grey and thinking it began with."""
 
-    batch: int = 64  # questions handed to the engine at a time
+    batch: int = 2048  # questions that one process takes at a time, and hands to the engine together
     max_new_tokens: int = 16  # an answer that has not ended by then is cut; run.json counts those
     grey: bool = False  # every image replaced by a grey one of its size: what the questions alone give away
     thinking: bool = False  # let a reasoning checkpoint think first; short answers are trained behind its mark of no thoughts
@@ -71,7 +71,8 @@ def predict(
 ) -> Outcome:
     """Answers `questions` into the folder `out`, going on where an earlier run stopped, beside whatever other process does the same.
 
-    engine: has generate(requests, on_answer=callable(index, Answer)) -> list of Answer, as vlm.engine.Engine; or a function that makes one.
+    engine: has generate(iterable of requests, on_answer=callable(index, Answer)) -> list of Answer, as vlm.engine.Engine; or a function
+    that makes one.
     identity: what tells this run from another (hashes of model and data); with the settings and the prompt it must equal what run.json
     holds. make_request: takes (messages, max_new_tokens=), by default vlm.engine.Request. rank: which of several processes this is; the
     first waits for all questions and completes the run. Raises ValueError when `out` holds another run, and with on_missing "fail" for an

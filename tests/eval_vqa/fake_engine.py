@@ -30,6 +30,7 @@ class FakeEngine:
         self.asked, self.batches, self.crash_after, self.fail = [], [], crash_after, fail
 
     def generate(self, requests, on_answer=None):
+        requests = list(requests)
         self.batches.append(len(requests))
         answers = []
         for index, request in enumerate(requests):

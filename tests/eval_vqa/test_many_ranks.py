@@ -32,6 +32,8 @@ class Logged(FakeEngine):
         self.log = log
 
     def generate(self, requests, on_answer=None):
+        requests = list(requests)
+
         def slowly(index, answer):
             with open(self.log, "a") as file:
                 file.write(requests[index].messages[0]["content"][1]["text"].split("\n")[0] + "\n")

@@ -14,6 +14,7 @@ import pytest
 from fake_engine import FakeEngine, FakeRequest
 from PIL import Image
 
+from eval_vqa import asking
 from eval_vqa.image_files import load_image
 from eval_vqa.official_files import Question
 from eval_vqa.predicting import PredictSettings, predict
@@ -82,6 +83,31 @@ def test_answers_are_on_disk_before_anything_else_is_asked(tmp_path):
 
     run(make_questions(tmp_path), tmp_path / "out", Looking(), batch=3)
     assert seen == [0, 3, 6]
+
+
+def test_few_pictures_are_in_memory(tmp_path, monkeypatch):
+    """However many questions are handed over together: an image is opened when its turn comes, once for all its questions."""
+    questions = make_questions(tmp_path, 60, 30)
+    opened, asked, ahead = [], set(), []
+    plain = asking.load_image
+
+    def noting(path):
+        opened.append(path)
+        return plain(path)
+
+    class Slow(FakeEngine):
+        def generate(self, requests, on_answer=None):
+            def one_by_one():
+                for request in requests:
+                    asked.add(request.messages[0]["content"][1]["text"])
+                    ahead.append(len(opened) - len(asked) / 2)
+                    yield request
+
+            return super().generate(one_by_one(), on_answer)
+
+    monkeypatch.setattr(asking, "load_image", noting)
+    run(questions, tmp_path / "out", Slow())
+    assert len(opened) == len(set(opened)) == 30 and max(ahead) <= asking.PICTURES_AHEAD + 1
 
 
 def test_a_torn_last_line_is_asked_again(tmp_path):
@@ -219,7 +245,7 @@ def test_an_engine_without_progress_reports_is_fine(tmp_path):
 def test_an_engine_that_forgets_a_request_is_an_error(tmp_path):
     class Forgetful(FakeEngine):
         def generate(self, requests, on_answer=None):
-            return super().generate(requests[:-1], on_answer)
+            return super().generate(list(requests)[:-1], on_answer)
 
     with pytest.raises(RuntimeError, match="6 answers to 7 requests"):
         run(make_questions(tmp_path), tmp_path / "out", Forgetful())
@@ -259,8 +285,8 @@ class SwitchRequest(FakeRequest):
 
 class Noting(FakeEngine):
     def generate(self, requests, on_answer=None):
-        self.requests = requests
-        return super().generate(requests, on_answer)
+        self.requests = list(requests)
+        return super().generate(self.requests, on_answer)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -378,8 +404,10 @@ def test_killed_again_and_again_each_question_is_there_once(tmp_path):
                 kills += 1
                 break
             time.sleep(0.002)
-        if process.wait(timeout=60) == 0:
+        code_of_end = process.wait(timeout=60)
+        if code_of_end == 0:
             break
+        assert code_of_end == -signal.SIGKILL
     assert kills == 3
     assert sorted(row["question_id"] for row in lines(tmp_path / "out")) == list(range(60))
     assert len(json.loads((tmp_path / "out" / "submission.json").read_text())) == 60

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -53,6 +54,41 @@ def test_batched_answers_equal_single_ones(engine):
 def test_small_batches_equal_large_ones(exact_model, tiny_processor, engine):
     requests = [ask(f"{number}?", *PICTURES[: number % 3]) for number in range(5)]
     assert texts(Engine(exact_model, tiny_processor, max_batch=2).generate(requests)) == texts(engine.generate(requests))
+
+
+def test_requests_may_be_made_as_they_are_taken(exact_model, tiny_processor, engine):
+    """More than memory would hold: no more are open than twice the batch, and a picture is let go of once it is tiled."""
+    expected = [engine.generate([ask(f"{number}?", noise(200, 64, number), max_new_tokens=3)])[0].tokens for number in range(12)]
+    small = Engine(exact_model, tiny_processor, max_batch=2, self_check=False)
+    pictures, answered, most_open, most_alive = [], [], 0, 0
+
+    def made():
+        nonlocal most_open, most_alive
+        for number in range(12):
+            alive = sum(each() is not None for each in pictures)
+            most_open, most_alive = max(most_open, number - len(answered)), max(most_alive, alive)
+            picture = noise(200, 64, number)
+            pictures.append(weakref.ref(picture))
+            yield ask(f"{number}?", picture, max_new_tokens=3)
+            del picture
+
+    small._prompter.most_bytes = 0  # it would remember some
+    answers = small.generate(made(), on_answer=lambda index, answer: answered.append(index))
+    assert [answer.tokens for answer in answers] == expected
+    assert sorted(answered) == list(range(12)) and most_open <= 5 and most_alive <= 2
+
+
+def test_an_error_of_who_makes_the_requests_ends_the_others(engine):
+    answered = []
+
+    def made():
+        yield from (ask(f"{number}?", max_new_tokens=2) for number in range(3))
+        raise OSError("no more of them")
+
+    with pytest.raises(OSError, match="no more of them"):
+        engine.generate(made(), on_answer=lambda index, answer: answered.append(index))
+    assert engine._scheduler.is_idle
+    assert texts(engine.generate([ask("and now?")]))[0] is not None
 
 
 def test_questions_about_one_picture_share_its_work(engine, exact_model, tiny_processor, monkeypatch):

@@ -4,10 +4,11 @@ Any number of threads may ask at once; their requests are decoded together. Ther
 something does the next step for all, so nothing runs behind the caller's back, and a generator that nobody reads holds nothing up.
 """
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from ..ahead import Ahead
 from ..checkpoint import load_model
 from ..decoder.serving import ServingDecoder
 from ..golden import guard
@@ -18,17 +19,19 @@ from .decode_graphs import DecodeGraphs
 from .kept_states import KeptStates
 from .memory import default_budget_bytes
 from .prefill import Prefill
-from .prompt import Prompter
+from .prompt import Prompt, Prompter
 from .quantization import quantize_decoder
 from .request import Answer, Request
 from .scheduler import Scheduler
 from .self_check import check_forked_answer
 from .ticket import Ticket
+from .turns import Turns
 
 __all__ = ["Engine"]
 
 KEPT_SHARE = 4  # a quarter of the memory is for states of prefixes and of conversations that may go on
-MOST_AHEAD_BYTES = 2**28  # of tiles prepared before their turn
+MOST_AHEAD_BYTES = 2**28  # of tiles that wait to be read
+PREPARED_AHEAD = 16  # prompts made by another thread while a GPU computes
 
 
 class Engine:
@@ -46,7 +49,7 @@ class Engine:
         self,
         model: VisionLanguageModel,
         processor: VLMProcessor,
-        max_batch: int = 64,
+        max_batch: int = 128,
         max_tokens: int | None = None,
         *,
         memory_bytes: int | None = None,
@@ -77,8 +80,7 @@ class Engine:
         reading = Prefill(model, processor, decoder, self.kept)
         graphs = DecodeGraphs(decoder) if self.device.type == "cuda" else None
         self._scheduler = Scheduler(decoder, reading, max_batch, self.memory_bytes - self.kept.most_bytes, graphs)
-        self._turn = threading.Condition()
-        self._is_stepping = False
+        self._turns = Turns()
         if self_check:
             check_forked_answer(model, processor, decoder)
 
@@ -93,35 +95,44 @@ class Engine:
         engine.golden_note = note
         return engine
 
-    def generate(self, requests: list[Request], on_answer: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+    def generate(self, requests: Iterable[Request], on_answer: Callable[[int, Answer], None] | None = None) -> list[Answer]:
         """Answers in request order; `on_answer(index, answer)` is called, in this thread, as each one is done. A failing request becomes an
-        Answer with `error`; the others go on. When it is left by an exception, what was still running is cancelled."""
-        answers: list[Answer | None] = [None] * len(requests)
-        order = _by_pictures(requests)
+        Answer with `error`; the others go on. When it is left by an exception, what was still running is cancelled.
+
+        A sequence is worked through in the order that shares most. Of anything else requests are taken one after the other as there is
+        room, in this thread, and their pictures are let go of once they are tiled: it may be longer than memory."""
+        if isinstance(requests, Sequence):
+            numbered = ((index, requests[index]) for index in _by_pictures(requests))
+        else:
+            numbered = enumerate(requests)
+        answers: dict[int, Answer] = {}
         open_tickets: dict[int, Ticket] = {}
-        place = 0
+
+        def has_room() -> bool:
+            waiting = sum(0 if ticket.prompt.pixels is None else ticket.prompt.pixels.numel() for ticket in open_tickets.values())
+            return not open_tickets or len(open_tickets) < 2 * self.max_batch and waiting < MOST_AHEAD_BYTES
+
         self._prompter.forget()
         try:
-            while open_tickets or place < len(order):
-                # 1. Keep enough requests prepared, so that the batch stays full and shared pictures are seen.
-                ahead = 0
-                while place < len(order) and len(open_tickets) < 2 * self.max_batch and (ahead < MOST_AHEAD_BYTES or not open_tickets):
-                    index = order[place]
-                    place += 1
-                    ticket = self._submit(requests[index], keep=False)
-                    ahead += 0 if ticket.prompt.pixels is None else ticket.prompt.pixels.numel()
-                    open_tickets[index] = ticket
-                # 2. Wait for some of them.
-                self._wait(lambda: any(ticket.answer is not None for ticket in open_tickets.values()))
-                for index in [index for index, ticket in open_tickets.items() if ticket.answer is not None]:
-                    answers[index] = open_tickets.pop(index).answer
-                    if on_answer is not None:
-                        on_answer(index, answers[index])
+            with Ahead(self._prepare, numbered, workers=1 if self.device.type == "cuda" else 0, most=PREPARED_AHEAD) as prepared:
+                while open_tickets or not prepared.is_over:
+                    # 1. Keep enough requests prepared, so that the batch stays full and shared pictures are seen.
+                    while not prepared.is_over and has_room() and (prepared.can_go_on or not open_tickets):
+                        index, request, prompt, error = next(prepared)
+                        open_tickets[index] = self._enqueue(replace(request, messages=[]), prompt, error, keep=False)
+                    # 2. Wait for some of them, or for more to ask.
+                    self._wait(
+                        lambda: any(ticket.answer is not None for ticket in open_tickets.values()) or prepared.can_go_on and has_room()
+                    )
+                    for index in [index for index, ticket in open_tickets.items() if ticket.answer is not None]:
+                        answers[index] = open_tickets.pop(index).answer
+                        if on_answer is not None:
+                            on_answer(index, answers[index])
         finally:
             for ticket in open_tickets.values():
                 ticket.cancel()
             self._prompter.forget()
-        return answers
+        return [answers[index] for index in range(len(answers))]
 
     def stream(self, request: Request) -> Iterator[str]:
         """Pieces of the answer's text as they come; closing the iterator cancels the request. Raises ValueError when there is no answer."""
@@ -136,15 +147,19 @@ class Engine:
     def submit(self, request: Request, *, keep: bool = True) -> Ticket:
         """Put a request in the queue and return at once. `keep`: the state at its end is kept, for the conversation to go on from."""
         self._prompter.forget()
-        return self._submit(request, keep=keep)
+        _, _, prompt, error = self._prepare((0, request))
+        return self._enqueue(request, prompt, error, keep=keep)
 
-    def _submit(self, request: Request, *, keep: bool) -> Ticket:
-        renderer = self.processor.renderer
+    def _prepare(self, numbered: tuple[int, Request]) -> tuple[int, Request, Prompt, str | None]:
+        """Any thread may do this."""
+        index, request = numbered
         try:
-            prompt = self._prompter.prepare(request.messages, self.max_tokens, request.thinking)
-            error = None
-        except (ValueError, OSError) as found:
-            prompt, error = self._prompter.empty(), str(found)
+            return index, request, self._prompter.prepare(request.messages, self.max_tokens, request.thinking), None
+        except (ValueError, OSError) as error:
+            return index, request, self._prompter.empty(), str(error)
+
+    def _enqueue(self, request: Request, prompt: Prompt, error: str | None, *, keep: bool) -> Ticket:
+        renderer = self.processor.renderer
         ticket = Ticket(
             request,
             prompt,
@@ -163,55 +178,33 @@ class Engine:
 
     def step(self) -> bool:
         """One step for all that is under way, for callers with a loop of their own; False when there is nothing to do."""
-        with self._turn:
-            while self._is_stepping:
-                self._turn.wait()
+        with self._turns.alone():
             if self._scheduler.is_idle:
                 return False
-            self._is_stepping = True
-        self._run(self._scheduler.step)
-        return True
+            self._scheduler.step()
+            return True
 
     def _wait(self, is_ready: Callable[[], bool]) -> None:
         """Return when `is_ready()`; until then do steps, or wait while another thread does them."""
-        while True:
-            with self._turn:
-                while self._is_stepping and not is_ready():
-                    self._turn.wait()
-                if is_ready():
-                    return
-                if self._scheduler.is_idle:
-                    raise RuntimeError("the engine has nothing to do, and yet a request waits: a fault of the engine; please report it")
-                self._is_stepping = True
-            self._run(self._scheduler.step)
+        self._turns.wait(is_ready, self._work)
 
-    def _run(self, act: Callable[[], None]) -> None:
-        """Called by the one thread that has set `_is_stepping`."""
-        try:
-            act()
-        finally:
-            with self._turn:
-                self._is_stepping = False
-                self._turn.notify_all()
+    def _work(self) -> None:
+        if self._scheduler.is_idle:
+            raise RuntimeError("the engine has nothing to do, and yet a request waits: a fault of the engine; please report it")
+        self._scheduler.step()
 
     def _sweep(self) -> None:
         """Take cancelled requests out now if nobody is stepping; else the next step does."""
-        with self._turn:
-            if self._is_stepping:
-                return
-            self._is_stepping = True
-        self._run(self._scheduler.sweep)
+        self._turns.try_alone(self._scheduler.sweep)
 
     def forget(self) -> None:
         """Drop every kept state and packed weight: after a change of the weights. Waits for a step under way, which may be reading them."""
-        with self._turn:
-            while self._is_stepping:
-                self._turn.wait()
+        with self._turns.alone():
             self.kept.clear()
             self._packed.forget()
 
 
-def _by_pictures(requests: list[Request]) -> list[int]:
+def _by_pictures(requests: Sequence[Request]) -> list[int]:
     """Indices in an order that brings together requests with the same pictures, and puts texts of similar length side by side. Broken
     messages are left where they are; preparing them will say what is wrong."""
 

@@ -1,0 +1,70 @@
+"""Results in order, whoever made them; never more made beforehand than was said."""
+
+import threading
+
+import pytest
+
+from vlm.ahead import Ahead
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_order(workers):
+    with Ahead(lambda number: number**2, range(50), workers=workers, most=7) as ahead:
+        assert list(ahead) == [number**2 for number in range(50)]
+        assert ahead.is_over and list(ahead) == []
+
+
+@pytest.mark.parametrize(("workers", "beforehand"), [(0, 1), (2, 3)])
+def test_items_are_taken_as_results_are(workers, beforehand):
+    taken = []
+    with Ahead(str, (taken.append(number) or number for number in range(20)), workers=workers, most=3) as ahead:
+        assert not ahead.can_go_on and taken == []  # asking that takes nothing
+        for number in range(5):
+            assert next(ahead) == str(number)
+            assert len(taken) == number + 1 + beforehand
+    assert len(taken) == 5 + beforehand  # nothing more when it is left
+
+
+def test_without_threads_nothing_is_made_before_it_is_asked_for():
+    made = []
+    with Ahead(made.append, range(5), workers=0, most=3) as ahead:
+        assert not ahead.is_over and ahead.can_go_on and made == []
+        next(ahead)
+        assert made == [0]
+
+
+def test_threads_work_while_nobody_asks():
+    may_end, began = threading.Event(), threading.Event()
+
+    def make(number):
+        began.set()
+        assert may_end.wait(20)
+        return number
+
+    with Ahead(make, range(3), workers=1, most=2) as ahead:
+        assert not ahead.is_over
+        assert began.wait(20) and not ahead.can_go_on
+        may_end.set()
+        assert list(ahead) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_come_where_the_result_would(workers):
+    def items():
+        yield from (1, 0, 4)
+        raise OSError("the list ends here")
+
+    with Ahead(lambda number: 4 / number, items(), workers=workers, most=8) as ahead:
+        assert next(ahead) == 4
+        with pytest.raises(ZeroDivisionError):
+            next(ahead)
+        assert next(ahead) == 1
+        with pytest.raises(OSError, match="the list ends here"):
+            next(ahead)
+        assert list(ahead) == []
+
+
+@pytest.mark.parametrize("settings", [{"workers": -1, "most": 1}, {"workers": 1, "most": 0}])
+def test_settings_check_themselves(settings):
+    with pytest.raises(ValueError, match="expected"):
+        Ahead(str, (), **settings)
