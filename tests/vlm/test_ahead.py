@@ -64,6 +64,23 @@ def test_errors_come_where_the_result_would(workers):
         assert list(ahead) == []
 
 
+class Broken:
+    """Raises whenever it is asked."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise OSError("gone")
+
+
+def test_items_that_fail_are_not_asked_again():
+    with Ahead(str, Broken(), workers=1, most=4) as ahead:
+        with pytest.raises(OSError, match="gone"):
+            next(ahead)
+        assert ahead.is_over
+
+
 @pytest.mark.parametrize("settings", [{"workers": -1, "most": 1}, {"workers": 1, "most": 0}])
 def test_settings_check_themselves(settings):
     with pytest.raises(ValueError, match="expected"):

@@ -78,6 +78,17 @@ def test_requests_may_be_made_as_they_are_taken(exact_model, tiny_processor, eng
     assert sorted(answered) == list(range(12)) and most_open <= 5 and most_alive <= 2
 
 
+def test_questions_of_a_list_are_asked_picture_by_picture(exact_model, tiny_processor):
+    """And of anything else in its order: whoever makes them one by one has put them side by side."""
+    requests = [ask(f"{number}?", PICTURES[number % 2], max_new_tokens=1) for number in range(6)]
+    single = Engine(exact_model, tiny_processor, max_batch=1, self_check=False)
+    order = []
+    for given in (requests, iter(requests)):
+        answers = single.generate(given, on_answer=lambda index, answer: order.append(index))
+        assert [answer.prompt_tokens for answer in answers] == [answer.prompt_tokens for answer in answers[:2]] * 3
+    assert order == [0, 2, 4, 1, 3, 5, 0, 1, 2, 3, 4, 5]
+
+
 def test_an_error_of_who_makes_the_requests_ends_the_others(engine):
     answered = []
 
