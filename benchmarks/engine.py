@@ -28,8 +28,8 @@ from engine_work import MODELS, WAYS, build  # noqa: E402
 
 from vlm.files import write_whole  # noqa: E402
 
-# Pictures, questions about each. A set of questions keeps the engine's batch of 128 rows full; so do four pictures of thirty, and the others
-# where a question is so quick.
+# Pictures, questions about each. A set of questions keeps the engine's batch of 128 rows full; so do four pictures of thirty, and more
+# pictures of fewer questions where one is so quick.
 CASES = {"tiny": ((4, 30), (24, 5), (120, 1)), "hybrid": ((4, 30), (4, 5), (8, 1))}
 BARS = {
     ("tiny", 30): (20, 5),

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -64,3 +65,13 @@ def test_an_archive_that_was_replaced_is_opened_again(archive):
         file.writestr("folder/x.txt", b"another")
     os.replace(archive.with_suffix(".new"), archive)
     assert read_bytes(archive / "folder" / "x.txt") == b"another"
+
+
+def test_threads_read_one_archive_together(tmp_path):
+    content = {f"{number}.jpg": bytes([number]) * 3000 for number in range(100)}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in content.items():
+            file.writestr(name, data)
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda name: read_bytes(tmp_path / "a.zip" / name), [*content] * 5)
+        assert list(found) == [*content.values()] * 5

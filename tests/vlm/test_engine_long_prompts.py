@@ -9,6 +9,7 @@ from engine_requests import PICTURES, ask
 from vlm.engine import Engine, Request
 from vlm.engine.scheduler import TOKENS_A_STEP
 from vlm.engine.ticket import Begun, Ticket
+from vlm.engine.wave import Wave
 
 LONG = "a long story about a red ball and a blue box. " * 12
 
@@ -164,7 +165,7 @@ def test_a_long_prompt_is_given_up_half_way(engine, alone, read, monkeypatch):
     tickets = [engine.submit(long), engine.submit(short)]
     engine.step()
     engine.step()
-    assert tickets[0].begun.length >= 64 and engine._scheduler._held_bytes([tickets[0]]) == tickets[0].begun.state.size_bytes()
+    assert tickets[0].begun.length >= 64 and engine._scheduler._held_bytes(Wave([tickets[0]])) == tickets[0].begun.state.size_bytes()
     tickets[0].cancel()
     assert tickets[0].answer.stop_reason == "cancelled" and tickets[0].begun is None
     assert tickets[1].result().text == expected
@@ -197,7 +198,7 @@ def test_memory_holds_while_parts_are_read(exact_model, tiny_processor, alone, m
         scheduler = small._scheduler
         held = 0 if scheduler.slots is None else scheduler.slots.size_bytes()
         begun = max(begun, 0 if ticket.begun is None else ticket.begun.length)
-        assert held + scheduler._held_bytes([ticket]) <= scheduler.budget_bytes
+        assert held + scheduler._held_bytes(Wave([ticket])) <= scheduler.budget_bytes
     assert ticket.answer.tokens == expected.tokens and (begun > 0) == in_parts
 
 
@@ -227,7 +228,7 @@ def test_mixes_with_long_prompts_are_answered_as_one_by_one(exact_model, tiny_pr
         in_parts |= {id(ticket) for ticket in begun}
         assert len(begun) <= 1 and all(ticket is scheduler.waiting[0] for ticket in begun)
         held = 0 if scheduler.slots is None else scheduler.slots.size_bytes()
-        assert held + scheduler._held_bytes(begun) <= scheduler.budget_bytes and engine.kept.bytes <= engine.kept.most_bytes
+        assert held + scheduler._held_bytes(Wave(begun)) <= scheduler.budget_bytes and engine.kept.bytes <= engine.kept.most_bytes
     for ticket, expected in zip(tickets, alone, strict=True):
         answer = ticket.answer
         if expected.error is not None or answer.error is not None:

@@ -12,6 +12,7 @@ from vlm.decoder import decode_step, serving_attention, tails
 from vlm.decoder.serving import ServingDecoder
 from vlm.engine import Engine, Request
 from vlm.engine.memory import StateCost
+from vlm.engine.wave import Wave
 
 PICTURES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -65,7 +66,7 @@ def test_mixes_are_answered_as_one_by_one(exact_model, tiny_processor, monkeypat
         if slots is not None:
             running = len(engine._scheduler.running)
             most_tails = max(most_tails, sum(slots.is_tail[:running]))
-            assert slots.size_bytes() + engine._scheduler._held_bytes() + engine.kept.bytes <= memory_bytes
+            assert slots.size_bytes() + engine._scheduler._held_bytes(Wave()) + engine.kept.bytes <= memory_bytes
             assert not any(slots.common[running:]) and not any(slots.is_tail[running:])
     assert most_tails >= (5 if memory_bytes == 2**25 else 2)  # the rows that had one at the same time
     for ticket, expected in zip(tickets, alone, strict=True):
@@ -110,11 +111,11 @@ def test_the_common_state_of_running_rows_counts_as_used(exact_model, tiny_proce
     scheduler = engine._scheduler
     source = scheduler.slots.common[0].source
     assert len(scheduler.running) == 4 and all(common.source is source for common in scheduler.slots.common[:4])
-    used = scheduler._need(4, 64, [])
+    used = scheduler._need(4, 64, Wave())
     assert used == scheduler.cost.bytes(4, 64) + source.size_bytes()
     while engine.step():
         pass
-    assert scheduler._need(4, 64, []) == scheduler.cost.bytes(4, 64) and not any(scheduler.slots.common)
+    assert scheduler._need(4, 64, Wave()) == scheduler.cost.bytes(4, 64) and not any(scheduler.slots.common)
 
 
 def test_the_self_check_looks_at_tails_and_shared_keys(exact_model, tiny_processor, with_tails, monkeypatch):

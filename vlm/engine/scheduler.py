@@ -5,18 +5,17 @@ step is read over several. It is called by one thread at a time (engine.py sees 
 """
 
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ..decoder.serving import ServingDecoder
+from ..decoder.slots import Slots
 from .memory import StateCost, rounded_span
 from .prefill import Prefill
 from .sampling import choose_tokens
-from .sharing import LEAST_SHARED_TOKENS, common_length
-from .text_scores import SCORES_A_CALL
 from .ticket import Ticket
+from .wave import Wave, by_id, common_prefix
 
 __all__ = ["Scheduler"]
 
@@ -25,15 +24,6 @@ TOKENS_A_STEP = {"cpu": 16384, "cuda": 65536}  # prompt tokens read in one step:
 
 def _said_by(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _common(before: Ticket | None, ticket: Ticket) -> int:
-    """Length of the prefix a ticket shares with the one before it; asked again for every ticket behind, so it is remembered."""
-    if before is None:
-        return 0
-    if ticket.compared is None or ticket.compared[0] is not before:
-        ticket.compared = before, common_length(before.prompt.identity, ticket.prompt.identity)
-    return ticket.compared[1]
 
 
 class Scheduler:
@@ -57,7 +47,7 @@ class Scheduler:
     def refusal(self, ticket: Ticket) -> str | None:
         """Why this request can never be answered, or None."""
         # Prefixes are shared where there is room for their states; a request alone needs none.
-        forks = self._forks([ticket])
+        forks = Wave([ticket]).forks
         need = self.cost.bytes(1 + forks, rounded_span(ticket.most_tokens))
         if need <= self.budget_bytes:
             return None
@@ -67,21 +57,22 @@ class Scheduler:
             f"{self.budget_bytes / 1e6:.1f} MB (some {room} tokens): ask for fewer new tokens or give the engine more memory_bytes"
         )
 
-    def _need(self, rows: int, span: int, wave: list[Ticket]) -> int:
-        """Bytes of the batch, and of what reading the prompts of `wave` holds beside it: shared prefixes, and forks to score texts."""
-        families = sum(_common(before, ticket) < LEAST_SHARED_TOKENS for before, ticket in zip([None, *wave], wave, strict=False))
-        longest = rounded_span(max((len(ticket.prompt) for ticket in wave), default=0)) if span else 0
-        return self.cost.bytes(rows, span) + self.cost.bytes(families + self._forks(wave), longest) + self._held_bytes(wave)
+    def _need(self, rows: int, span: int, wave: Wave, held: dict[int, Slots] | None = None) -> int:
+        """Bytes of the batch, of what it goes on from (`held`, where that is known), and of what reading the prompts of `wave` holds beside
+        it: prompts begun, shared prefixes, and forks to score texts."""
+        longest = rounded_span(wave.longest) if span else 0
+        beside = self.cost.bytes(wave.families + wave.forks, longest)
+        return self.cost.bytes(rows, span) + beside + self._held_bytes(wave, held)
 
-    def _held_bytes(self, wave: Sequence[Ticket] = ()) -> int:
-        """Of the common states that running rows go on from, and of what `wave` has begun to read."""
+    def _held(self) -> dict[int, Slots]:
+        """The common states that running rows go on from."""
         common = [] if self.slots is None else self.slots.common[: len(self.running)]
-        states = [each.source for each in common if each is not None] + [ticket.begun.state for ticket in wave if ticket.begun]
-        return sum(state.size_bytes() for state in {id(state): state for state in states}.values())
+        return by_id(each.source for each in common if each is not None)
 
-    @staticmethod
-    def _forks(wave: list[Ticket]) -> int:
-        return min(SCORES_A_CALL, sum(len(ticket.request.score_texts) for ticket in wave))
+    def _held_bytes(self, wave: Wave, held: dict[int, Slots] | None = None) -> int:
+        """Of those, and of what `wave` has begun to read."""
+        states = (self._held() if held is None else held) | wave.begun
+        return sum(state.size_bytes() for state in states.values())
 
     @torch.inference_mode()
     def sweep(self) -> None:
@@ -126,7 +117,7 @@ class Scheduler:
         if ticket.begun is None:
             span = max(rounded_span(each.most_tokens) for each in [*self.running, ticket])
             own = self.cost.bytes(1, rounded_span(len(ticket.prompt)))
-            if self._need(len(self.running) + 1, span, [ticket]) + own > self.budget_bytes:
+            if self._need(len(self.running) + 1, span, Wave([ticket])) + own > self.budget_bytes:
                 return False
         ticket.admit()
         try:
@@ -140,18 +131,21 @@ class Scheduler:
 
     def _admit(self) -> list[Ticket]:
         """Who may join now, in order of arrival. Nobody overtakes: a long request that waits for memory is not starved by short ones."""
-        wave: list[Ticket] = []
+        joining = Wave()
+        wave, held = joining.tickets, self._held()
         tokens, limit = 0, self._tokens_a_step
         span = max((rounded_span(ticket.most_tokens) for ticket in self.running), default=0)
         for ticket in self.waiting:
             rows = len(self.running) + len(wave) + 1
-            known = _common(wave[-1], ticket) if wave else ticket.begun.length if ticket.begun else 0
+            is_first = not wave
+            known = common_prefix(wave[-1], ticket) if wave else ticket.begun.length if ticket.begun else 0
             new = len(ticket.prompt) - known
             wider = max(span, rounded_span(ticket.most_tokens))
-            too_much = self._need(rows, wider, [*wave, ticket]) > self.budget_bytes
-            if rows > self.most_rows or (wave and tokens + new > limit) or (too_much and rows > 1):
+            joining.add(ticket)
+            too_much = self._need(rows, wider, joining, held) > self.budget_bytes
+            if rows > self.most_rows or (not is_first and tokens + new > limit) or (too_much and rows > 1):
+                wave.pop()
                 break
-            wave.append(ticket)
             tokens, span = tokens + new, wider
         if len(wave) < len(self.waiting) and self.running and len(wave) < self.most_rows // 4 and tokens < limit // 2:
             return []  # many wait and few fit: reading a handful at a time would cost more than it fills
@@ -195,7 +189,8 @@ class Scheduler:
         """Buffers for all that run and `wave`, with room for more where the budget allows; returns the bytes that are left."""
         rows = len(self.running) + len(wave)
         span = max(rounded_span(ticket.most_tokens) for ticket in [*self.running, *wave])
-        extra = self._need(0, span, wave)
+        reading = Wave(wave)
+        extra = self._need(0, span, reading)
         for ticket in wave:
             ticket.compared = None  # nobody may be kept alive by the one behind
         roomy = min(1 << (rows - 1).bit_length(), max(self.most_rows, rows))
@@ -213,8 +208,8 @@ class Scheduler:
             except BaseException as error:  # out of memory: some layers' buffers are exchanged and some are not
                 self._fail_running(error)
                 raise
-        forks = self.cost.bytes(self._forks(wave), rounded_span(max(len(ticket.prompt) for ticket in wave)))
-        return self.budget_bytes - self.cost.bytes(*chosen) - self._held_bytes(wave) - forks
+        forks = self.cost.bytes(reading.forks, rounded_span(reading.longest))
+        return self.budget_bytes - self.cost.bytes(*chosen) - self._held_bytes(reading) - forks
 
     def _decode(self) -> None:
         running = self.running
