@@ -6,6 +6,7 @@ first there is no such probability, and no file for that task.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
@@ -40,26 +41,7 @@ class Asker:
 
     def ask(self, batch: list[Question]) -> None:
         """Writes one row for each question. Raises ValueError for an unreadable image when that is to stop the run."""
-        from vlm.ahead import Ahead
-
-        of_image: dict = {}
-        for question in batch:
-            of_image.setdefault(question.image, []).append(question)
         asked: list[tuple[Question, dict]] = []
-
-        def requests() -> Iterator:
-            # Taken as the engine has room, so that few pictures are in memory; opened by other threads, while it computes.
-            with Ahead(self._picture, of_image.values(), workers=OPENING_THREADS, most=PICTURES_AHEAD) as opened:
-                for questions, image, circumstances in opened:
-                    for question in questions:
-                        if image is None:
-                            self._write_unreadable(question, circumstances["problem"])
-                            continue
-                        text = render_prompt(PROMPTS[self.task], question.text)
-                        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-                        asked.append((question, circumstances))
-                        yield self.make_request(messages=[{"role": "user", "content": content}], **self.options)
-
         written: set[int] = set()
 
         def on_answer(index: int, answer) -> None:
@@ -67,13 +49,19 @@ class Asker:
                 written.add(index)
                 self.write(self._row(*asked[index], answer))
 
-        with closing(requests()) as given:
-            for index, answer in enumerate(self.engine.generate(given, on_answer=on_answer)):
+        with closing(_Requests(self, batch, asked)) as requests:
+            for index, answer in enumerate(self.engine.generate(requests, on_answer=on_answer)):
                 on_answer(index, answer)
         if len(written) != len(asked):
             raise RuntimeError(f"the engine gave {len(written)} answers to {len(asked)} requests")
 
-    def _picture(self, questions: list[Question]) -> tuple:
+    def request(self, question: Question, image):
+        """What the engine is asked."""
+        text = render_prompt(PROMPTS[self.task], question.text)
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        return self.make_request(messages=[{"role": "user", "content": content}], **self.options)
+
+    def picture(self, questions: list[Question]) -> tuple:
         """Of questions about one image: (they, image, what a row says of it); (they, None, the problem) for one that cannot be read."""
         question = questions[0]
         try:
@@ -90,7 +78,7 @@ class Asker:
         processor = getattr(self.engine, "processor", None)
         return None if processor is None else processor.image_processor.count_tiles(*upright(image).size)
 
-    def _write_unreadable(self, question: Question, problem: str) -> None:
+    def write_unreadable(self, question: Question, problem: str) -> None:
         if self.settings.on_missing == "fail":
             raise ValueError(f"question {question.id!r}: {problem}; --on-missing skip or blank goes on without it")
         blank = self.settings.on_missing == "blank"
@@ -119,3 +107,41 @@ class Asker:
         if scores := getattr(answer, "scores", None):
             row["answerable"] = 1.0 - min(1.0, sum(math.exp(scores[text]) for text in UNANSWERABLE if text in scores))
         return row
+
+
+class _Requests(Iterator):
+    """Requests of questions, taken as the engine has room, so that few pictures are in memory: other threads open them, while it computes.
+    Each is noted in `asked`, and what cannot be read is written."""
+
+    def __init__(self, asker: Asker, questions: list[Question], asked: list[tuple[Question, dict]]):
+        from PIL import Image
+
+        from vlm.ahead import Ahead
+
+        Image.init()  # by one thread: Pillow loads its formats at the first picture, and two threads would disturb each other
+        of_image: dict = {}
+        for question in questions:
+            of_image.setdefault(question.image, []).append(question)
+        self.asker, self.asked = asker, asked
+        self._opened = Ahead(asker.picture, of_image.values(), workers=OPENING_THREADS, most=PICTURES_AHEAD)
+        self._left: deque[tuple] = deque()
+
+    @property
+    def can_go_on(self) -> bool:
+        """The next request waits for no picture to be opened."""
+        return bool(self._left) or self._opened.can_go_on
+
+    def __next__(self):
+        while not self._left:
+            questions, image, circumstances = next(self._opened)
+            for question in questions:
+                if image is None:
+                    self.asker.write_unreadable(question, circumstances["problem"])
+                else:
+                    self._left.append((question, image, circumstances))
+        question, image, circumstances = self._left.popleft()
+        self.asked.append((question, circumstances))
+        return self.asker.request(question, image)
+
+    def close(self) -> None:
+        self._opened.__exit__()

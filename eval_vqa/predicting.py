@@ -1,5 +1,5 @@
-"""Asks the model every question of a split, so that a kill costs what was in the engine and the answers of the second before, and nothing
-else is asked twice.
+"""Asks the model every question of a split, so that a kill costs what was in the engine and the answers that came last - those of a second
+or, where they come together and rarely, of one time - and nothing else is asked twice.
 
 OUT/run.json       what was asked of what: written first, and completed with counts and problems at the end
 OUT/predictions.jsonl   one line per question as it is answered, by any number of processes
@@ -37,7 +37,7 @@ SHARES_PER_RANK = 4  # a process takes at most this part of its share at a time,
 class PredictSettings:
     """How to ask. A run goes on only with the max_new_tokens, grey and thinking it began with."""
 
-    batch: int = 2048  # questions that one process takes at a time, and hands to the engine together
+    batch: int = 512  # questions that one process takes at a time, and hands to the engine together
     max_new_tokens: int = 16  # an answer that has not ended by then is cut; run.json counts those
     grey: bool = False  # every image replaced by a grey one of its size: what the questions alone give away
     thinking: bool = False  # let a reasoning checkpoint think first; short answers are trained behind its mark of no thoughts
@@ -102,11 +102,11 @@ def predict(
 
             def write(row: dict) -> None:
                 pending.add(row)
+                rank.check_parent()
                 progress.show(len(log.rows) + len(pending.rows) - others)
 
             asker = Asker(task, engine, settings, write, make_request)
             for batch in _batches(questions, claims, log, settings.batch, rank):
-                rank.check_parent()
                 try:
                     asker.ask(batch)
                 finally:
@@ -167,17 +167,22 @@ def _batches(questions: list[Question], claims: Claims, log: PredictionsFile, si
 
     for wait in (False, True) if rank.is_first else (False,):
         held: list[int] = []
+        count = 0
         for image in range(len(groups)):
-            if not open_questions([image]):
+            own = len(open_questions([image]))
+            if not own:
                 continue
             if not claims.claim(image):
                 if not wait:
                     continue
                 yield from answer(held)
+                count = 0
                 claims.claim(image, wait=True)
             held.append(image)
-            if len(open_questions(held)) >= most:
+            count += own
+            if count >= most:
                 yield from answer(held)
+                count = 0
         yield from answer(held)
         log.refresh()
 

@@ -1,6 +1,7 @@
 """Results in order, whoever made them; never more made beforehand than was said."""
 
 import threading
+import time
 
 import pytest
 
@@ -62,6 +63,58 @@ def test_errors_come_where_the_result_would(workers):
         with pytest.raises(OSError, match="the list ends here"):
             next(ahead)
         assert list(ahead) == []
+
+
+def test_an_interrupt_is_not_kept_for_later():
+    def items():
+        yield from range(3)
+        raise KeyboardInterrupt
+
+    with Ahead(str, items(), workers=1, most=8) as ahead, pytest.raises(KeyboardInterrupt):
+        next(ahead)
+
+
+def test_what_is_not_needed_now_is_not_waited_for():
+    """Items that come from other threads themselves: pictures that are being opened, for prompts that are prepared from them."""
+    may_open = threading.Semaphore(0)
+
+    def opened(number):
+        assert may_open.acquire(timeout=20)
+        return number
+
+    with Ahead(opened, range(6), workers=1, most=6) as pictures, Ahead(str, pictures, workers=1, most=4) as prompts:
+        may_open.release()
+        assert next(prompts) == "0"  # and not the four that there may be
+        assert not prompts.can_go_on and prompts.ready == 0 and not prompts.is_all_ready
+        may_open.release(2)
+        assert next(prompts) == "1"
+        until = time.monotonic() + 20
+        while prompts.ready == 0 and time.monotonic() < until:
+            prompts.begin()
+        assert prompts.ready == 1 and prompts.can_go_on
+        may_open.release(3)
+        assert [*prompts] == ["2", "3", "4", "5"] and prompts.is_over and prompts.is_all_ready
+
+
+def test_the_leading_results_are_counted():
+    doors = [threading.Event() for _ in range(4)]
+
+    def make(number):
+        assert doors[number].wait(20)
+        return number
+
+    with Ahead(make, range(4), workers=4, most=4) as ahead:
+        ahead.begin()
+        doors[1].set()
+        assert ahead.ready == 0
+        doors[0].set()
+        until = time.monotonic() + 20
+        while ahead.ready < 2 and time.monotonic() < until:
+            time.sleep(0.001)
+        assert ahead.ready == 2 and not ahead.is_all_ready
+        doors[2].set()
+        doors[3].set()
+        assert [*ahead] == [0, 1, 2, 3]
 
 
 class Broken:

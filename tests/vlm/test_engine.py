@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm.engine import Answer, Engine, Request
+from vlm.engine import Answer, Engine, Request, intake
 
 
 def noise(width, height, seed=0):
@@ -87,6 +87,34 @@ def test_questions_of_a_list_are_asked_picture_by_picture(exact_model, tiny_proc
         answers = single.generate(given, on_answer=lambda index, answer: order.append(index))
         assert [answer.prompt_tokens for answer in answers] == [answer.prompt_tokens for answer in answers[:2]] * 3
     assert order == [0, 2, 4, 1, 3, 5, 0, 1, 2, 3, 4, 5]
+
+
+def test_remembered_pictures_count_with_their_size(exact_model, tiny_processor):
+    """A photograph is larger than its tiles, and stays in memory while they are known by it."""
+    engine = Engine(exact_model, tiny_processor, self_check=False)
+    prompter, photo = engine._prompter, noise(1000, 800)
+    prompter.prepare(ask("?", photo).messages, None)
+    tiles = sum(tiles.pixels.numel() for tiles, _, _ in prompter._tiles.values())
+    assert prompter._bytes == tiles + 1000 * 800 * 3 and len(prompter._tiles) == 1
+    prompter.most_bytes = 3_000_000
+    prompter.prepare(ask("?", noise(1000, 800, 1)).messages, None)
+    assert len(prompter._tiles) == 1 and prompter._bytes == tiles + 1000 * 800 * 3
+    prompter.forget()
+    assert prompter._bytes == 0
+
+
+def test_the_tiles_of_a_picture_count_once_while_they_wait(exact_model, tiny_processor, monkeypatch):
+    """Thirty questions about one picture hold it once, so that all of them may be in the queue."""
+    engine, picture = Engine(exact_model, tiny_processor, self_check=False), noise(200, 64)
+    bytes_of_one = engine._prompter.prepare(ask("?", picture).messages, None).pixels.numel()
+    monkeypatch.setattr(intake, "MOST_AHEAD_BYTES", bytes_of_one + 1)
+    waves, read = [], engine._scheduler.prefill.read
+    monkeypatch.setattr(engine._scheduler.prefill, "read", lambda wave, *rest: waves.append(len(wave)) or read(wave, *rest))
+    engine.generate([ask(f"{number}?", picture, max_new_tokens=1) for number in range(30)])
+    assert waves == [30]
+    waves.clear()
+    engine.generate([ask(f"{number}?", noise(200, 64, number), max_new_tokens=1) for number in range(6)])
+    assert waves == [2, 2, 2]
 
 
 def test_an_error_of_who_makes_the_requests_ends_the_others(engine):

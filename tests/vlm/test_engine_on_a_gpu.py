@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -137,6 +138,34 @@ def test_prompts_are_prepared_beside_the_steps(engine, expected, monkeypatch):
     agree(answers, expected)
     assert threading.current_thread() not in threads and len(threads) == 1
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_questions_about_a_picture_are_read_together_though_prompts_come_one_by_one(engine, monkeypatch):
+    """The preparing thread is slower than a step here; none is read alone for that, and each picture is read once."""
+    prepare, waves, read = engine._prepare, [], engine._scheduler.prefill.read
+
+    def slowly(request):
+        time.sleep(0.01)
+        return prepare(request)
+
+    monkeypatch.setattr(engine, "_prepare", slowly)
+    monkeypatch.setattr(engine._scheduler.prefill, "read", lambda wave, *rest: waves.append(len(wave)) or read(wave, *rest))
+    answers = engine.generate([ask(f"{number}?", PICTURES[number // 6], max_new_tokens=2) for number in range(12)])
+    assert waves == [12] and [answer.shared_tokens == 0 for answer in answers] == [number % 6 == 0 for number in range(12)]
+
+
+def test_a_pool_is_made_anew_when_no_graph_lives_in_it(engine, expected, clock, monkeypatch):
+    pools = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(len(pools)) or pools[-1])
+    used, plain = [], torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None, **rest: used.append(pool) or plain(graph, pool=pool, **rest))
+    clock.replay = clock.plain
+    agree(together(engine), expected)
+    assert len(used) > 1 and used == pools  # every graph was given up, and its pool with it
+    clock.replay, count = 1.0, len(used)
+    engine._scheduler.graphs._graphs.clear()
+    agree(together(engine), expected)
+    assert len(used) - count > 1 and len(set(used[count:])) == 1
 
 
 def test_few_graphs_are_kept(engine, expected, monkeypatch):

@@ -63,7 +63,7 @@ def test_many_wait_and_each_gets_what_it_waits_for():
             turns.try_alone(work.act)
 
     assert run_all(*(lambda seed=seed: waiter(seed) for seed in range(12)), loner, loner) == []
-    assert work.steps >= 80 and not turns._is_taken and turns._sleepers == []
+    assert work.steps >= 80 and turns._holder is None and turns._sleepers == []
 
 
 def test_only_those_are_woken_who_have_something(monkeypatch):
@@ -104,7 +104,7 @@ def test_an_error_hits_who_worked_and_the_others_go_on():
 
     errors = run_all(*(lambda: turns.wait(lambda: work.steps >= 50, act) for _ in range(4)))
     assert [type(error) for error in errors] == [KeyboardInterrupt]
-    assert work.steps == 50 and not turns._is_taken
+    assert work.steps == 50 and turns._holder is None
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -139,13 +139,87 @@ def test_who_is_interrupted_in_its_sleep_hands_the_turn_on(monkeypatch, alone):
     for number, thread in enumerate((first, second, third)):
         thread.start()
         until = time.monotonic() + LIMIT
-        while (not turns._is_taken or len(turns._sleepers) < number) and time.monotonic() < until:
+        while (turns._holder is None or len(turns._sleepers) < number) and time.monotonic() < until:
             time.sleep(0.001)
     may_end.set()
     for thread in (first, second, third):
         thread.join(LIMIT)
         assert not thread.is_alive()
     assert interrupted and len(errors) == 1 and done == ["third"]
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_an_interrupt_between_two_steps_leaves_the_turn_to_others(place):
+    """Wherever Ctrl-C finds who works - here at the asking after its own step - the sleeping ones go on."""
+    turns, work, asked = Turns(), Work(pause=0.002), []
+    interrupted = threading.Event()
+
+    def is_ready():
+        if threading.current_thread().name == "unlucky":
+            asked.append(1)
+            if len(asked) == 2 + place:
+                interrupted.set()
+                raise KeyboardInterrupt
+        return False
+
+    def unlucky():
+        with pytest.raises(KeyboardInterrupt):
+            turns.wait(is_ready, work.act)
+
+    def other():
+        turns.wait(lambda: interrupted.is_set() and work.steps >= 20, work.act)
+
+    first = threading.Thread(target=unlucky, name="unlucky", daemon=True)
+    first.start()
+    assert run_all(other, other) == []
+    first.join(LIMIT)
+    assert not first.is_alive() and turns._holder is None and turns._sleepers == []
+
+
+def test_two_wait_for_the_turn_and_the_first_is_interrupted(monkeypatch):
+    """The turn was handed to it when Ctrl-C came: the second has it then, and after it the one who works."""
+    unlucky = []
+
+    class Interrupted(threading.Condition):
+        def wait(self, timeout=None):
+            super().wait(timeout)
+            if threading.current_thread().name == "unlucky" and not unlucky:
+                unlucky.append(True)
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(turns_file, "Condition", Interrupted)
+    turns, may_end, done = Turns(), threading.Event(), []
+
+    def loner():
+        try:
+            with turns.alone():
+                done.append("alone")
+        except KeyboardInterrupt:
+            done.append("interrupted")
+
+    threads = [
+        threading.Thread(target=lambda: turns.try_alone(lambda: may_end.wait(LIMIT)), daemon=True),
+        threading.Thread(target=loner, name="unlucky", daemon=True),
+        threading.Thread(target=loner, daemon=True),
+        threading.Thread(target=lambda: turns.wait(lambda: "worked" in done, lambda: done.append("worked")), daemon=True),
+    ]
+    for number, thread in enumerate(threads):
+        thread.start()
+        until = time.monotonic() + LIMIT
+        while (turns._holder is None or len(turns._sleepers) < number) and time.monotonic() < until:
+            time.sleep(0.001)
+    may_end.set()
+    for thread in threads:
+        thread.join(LIMIT)
+        assert not thread.is_alive()
+    assert sorted(done) == ["alone", "interrupted", "worked"] and turns._holder is None
+
+
+def test_who_is_called_inside_the_lock_gives_up_soon():
+    """A stream that nobody holds is closed by the garbage collector, in whatever thread and place that runs."""
+    turns = Turns()
+    with turns._lock:
+        assert turns.try_alone(lambda: pytest.fail("never")) is False
 
 
 def test_whoever_finds_the_turn_taken_does_nothing():

@@ -62,7 +62,7 @@ class DecodeGraphs:
         self.measured: dict[tuple[int, int], tuple[float, float]] = {}  # rows and stretch: seconds of a plain step and of a replay
         self._too_large: int | None = None  # the generation of buffers beside which there was no memory for graphs
         self._graphs: OrderedDict[tuple, tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None] = OrderedDict()  # None: it does not pay
-        self._pool = None
+        self._pool = self._side = None
 
     def decode(self, tokens: Tensor, slots: Slots, span: int, *, even: bool = False) -> Tensor:
         if self.reason is not None or self._too_large == slots.generation:
@@ -102,19 +102,19 @@ class DecodeGraphs:
             del self._graphs[old]
         if len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)
-        if not self._graphs:
+        if not any(self._graphs.values()):  # a pool is gone with the last graph that lives in it
             self._pool = torch.cuda.graph_pool_handle()  # one for all: they run in turns, and what comes out of one is copied at once
         given = torch.zeros(rows, dtype=torch.long, device=tokens.device)
         with _states_as_they_were(self.decoder, slots, rows):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self._side = self._side or torch.cuda.Stream()  # its own: another engine's captures have theirs
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
                 self.decoder.decode(given, slots, stretch)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._side)
             plain = seconds_of(lambda: self.decoder.decode(tokens, slots, span))
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate meanwhile: one that opens pictures, another engine.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
                 logits = self.decoder.decode(given, slots, stretch)
             replayed = seconds_of(graph.replay)
         self.measured[rows, stretch] = plain, replayed

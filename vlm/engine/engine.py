@@ -4,11 +4,10 @@ Any number of threads may ask at once; their requests are decoded together. Ther
 something does the next step for all, so nothing runs behind the caller's back, and a generator that nobody reads holds nothing up.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..ahead import Ahead
 from ..checkpoint import load_model
 from ..decoder.serving import ServingDecoder
 from ..golden import guard
@@ -16,6 +15,7 @@ from ..modeling import VisionLanguageModel
 from ..processing import VLMProcessor
 from .allocation import keep_freed_memory
 from .decode_graphs import DecodeGraphs
+from .intake import Intake
 from .kept_states import KeptStates
 from .memory import default_budget_bytes
 from .prefill import Prefill
@@ -30,8 +30,6 @@ from .turns import Turns
 __all__ = ["Engine"]
 
 KEPT_SHARE = 4  # a quarter of the memory is for states of prefixes and of conversations that may go on
-MOST_AHEAD_BYTES = 2**28  # of tiles that wait to be read
-PREPARED_AHEAD = 16  # prompts made by another thread while a GPU computes
 
 
 class Engine:
@@ -100,30 +98,19 @@ class Engine:
         Answer with `error`; the others go on. When it is left by an exception, what was still running is cancelled.
 
         A sequence is worked through in the order that shares most. Of anything else requests are taken one after the other as there is
-        room, in this thread, and their pictures are let go of once they are tiled: it may be longer than memory."""
-        if isinstance(requests, Sequence):
-            numbered = ((index, requests[index]) for index in _by_pictures(requests))
-        else:
-            numbered = enumerate(requests)
+        room, in this thread, and their pictures are let go of once they are tiled, but for a few that may be asked about again: it may be
+        longer than memory."""
         answers: dict[int, Answer] = {}
         open_tickets: dict[int, Ticket] = {}
-
-        def has_room() -> bool:
-            waiting = sum(0 if ticket.prompt.pixels is None else ticket.prompt.pixels.numel() for ticket in open_tickets.values())
-            return not open_tickets or len(open_tickets) < 2 * self.max_batch and waiting < MOST_AHEAD_BYTES
-
         self._prompter.forget()
         try:
-            with Ahead(self._prepare, numbered, workers=1 if self.device.type == "cuda" else 0, most=PREPARED_AHEAD) as prepared:
-                while open_tickets or not prepared.is_over:
-                    # 1. Keep enough requests prepared, so that the batch stays full and shared pictures are seen.
-                    while not prepared.is_over and has_room() and (prepared.can_go_on or not open_tickets):
-                        index, request, prompt, error = next(prepared)
+            with Intake(requests, self._prepare, open_tickets, 2 * self.max_batch, beside=self.device.type == "cuda") as intake:
+                while open_tickets or not intake.is_over:
+                    # 1. Keep enough requests in the queue, so that the batch stays full and shared pictures are seen.
+                    for index, request, prompt, error in intake.take():
                         open_tickets[index] = self._enqueue(replace(request, messages=[]), prompt, error, keep=False)
                     # 2. Wait for some of them, or for more to ask.
-                    self._wait(
-                        lambda: any(ticket.answer is not None for ticket in open_tickets.values()) or prepared.can_go_on and has_room()
-                    )
+                    self._wait(lambda: any(ticket.answer is not None for ticket in open_tickets.values()) or intake.can_take)
                     for index in [index for index, ticket in open_tickets.items() if ticket.answer is not None]:
                         answers[index] = open_tickets.pop(index).answer
                         if on_answer is not None:
@@ -147,16 +134,15 @@ class Engine:
     def submit(self, request: Request, *, keep: bool = True) -> Ticket:
         """Put a request in the queue and return at once. `keep`: the state at its end is kept, for the conversation to go on from."""
         self._prompter.forget()
-        _, _, prompt, error = self._prepare((0, request))
+        _, prompt, error = self._prepare(request)
         return self._enqueue(request, prompt, error, keep=keep)
 
-    def _prepare(self, numbered: tuple[int, Request]) -> tuple[int, Request, Prompt, str | None]:
+    def _prepare(self, request: Request) -> tuple[Request, Prompt, str | None]:
         """Any thread may do this."""
-        index, request = numbered
         try:
-            return index, request, self._prompter.prepare(request.messages, self.max_tokens, request.thinking), None
+            return request, self._prompter.prepare(request.messages, self.max_tokens, request.thinking), None
         except (ValueError, OSError) as error:
-            return index, request, self._prompter.empty(), str(error)
+            return request, self._prompter.empty(), str(error)
 
     def _enqueue(self, request: Request, prompt: Prompt, error: str | None, *, keep: bool) -> Ticket:
         renderer = self.processor.renderer
@@ -202,28 +188,3 @@ class Engine:
         with self._turns.alone():
             self.kept.clear()
             self._packed.forget()
-
-
-def _by_pictures(requests: Sequence[Request]) -> list[int]:
-    """Indices in an order that brings together requests with the same pictures, and puts texts of similar length side by side. Broken
-    messages are left where they are; preparing them will say what is wrong."""
-
-    def key(index: int) -> tuple:
-        pictures, letters = [], 0
-        for message in requests[index].messages if isinstance(requests[index].messages, list) else []:
-            content = message.get("content") if isinstance(message, dict) else None
-            for part in content if isinstance(content, list) else [content]:
-                if isinstance(part, str):
-                    letters += len(part)
-                elif isinstance(part, dict) and part.get("type") == "text":
-                    letters += len(str(part.get("text")))
-                elif isinstance(part, dict):
-                    source = part.get("image", part.get("image_url", part.get("url", part.get("path"))))
-                    pictures.append(str(source) if isinstance(source, str | Path | dict) else id(source))
-        return tuple(pictures), letters
-
-    keys = [key(index) for index in range(len(requests))]
-    first: dict[tuple, int] = {}
-    for index, (pictures, _) in enumerate(keys):
-        first.setdefault(pictures, index)
-    return sorted(range(len(requests)), key=lambda index: (first[keys[index][0]], keys[index][1]))

@@ -73,12 +73,13 @@ def _picture_key(source) -> tuple | None:
 class Prompter:
     """Prepares prompts of one processor, and remembers the tiles of the pictures asked about last.
 
-    most_bytes: of remembered pixels. A Pillow image is known by identity while it is remembered: `forget` before it may have been changed.
+    most_bytes: of remembered tiles, and of the pictures they are of. A Pillow image is known by identity while it is remembered: `forget`
+    before it may have been changed.
     """
 
     def __init__(self, processor: VLMProcessor, image_token_id: int, most_bytes: int = 2**27):
         self.processor, self.image_token_id, self.most_bytes = processor, image_token_id, most_bytes
-        self._tiles: OrderedDict[tuple, tuple[Tiles, list]] = OrderedDict()
+        self._tiles: OrderedDict[tuple, tuple[Tiles, list, int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -89,8 +90,8 @@ class Prompter:
                 self._drop(key)
 
     def _drop(self, key: tuple) -> None:
-        tiles, _ = self._tiles.pop(key)
-        self._bytes -= tiles.pixels.numel()
+        _, _, size = self._tiles.pop(key)
+        self._bytes -= size
 
     @staticmethod
     def empty() -> Prompt:
@@ -123,8 +124,10 @@ class Prompter:
     def _remember(self, keys: tuple, tiles: Tiles, pictures: list) -> None:
         with self._lock:
             if keys not in self._tiles:
-                self._tiles[keys] = tiles, pictures  # the pictures stay alive, so that no other object gets their id
-                self._bytes += tiles.pixels.numel()
+                opened = [picture for picture in pictures if isinstance(picture, Image.Image)]
+                size = tiles.pixels.numel() + sum(picture.width * picture.height * len(picture.getbands()) for picture in opened)
+                self._tiles[keys] = tiles, pictures, size  # the pictures stay alive, so that no other object gets their id
+                self._bytes += size
             while self._bytes > self.most_bytes:
                 self._drop(next(iter(self._tiles)))
 

@@ -10,79 +10,72 @@ from threading import Condition, Lock
 
 __all__ = ["Turns"]
 
+LONGEST_TRY = 0.05  # seconds
+
 
 class _Sleeper:
-    """is_ready: what it waits for, or None for the turn itself. has_turn: it was handed the turn."""
+    """who: the call that sleeps. is_ready: what it waits for, or None for the turn itself."""
 
-    def __init__(self, lock: Lock, is_ready: Callable[[], bool] | None):
-        self.is_ready, self.has_turn, self.condition = is_ready, False, Condition(lock)
+    def __init__(self, lock: Lock, who: object, is_ready: Callable[[], bool] | None):
+        self.who, self.is_ready, self.condition = who, is_ready, Condition(lock)
 
 
 class Turns:
-    """The turn is taken by one thread, or free. What `is_ready` looks at is changed by whoever has the turn, or turns ready by itself."""
+    """The turn is held by one call, or free. What `is_ready` looks at is changed by whoever has the turn, or turns ready by itself."""
 
     def __init__(self):
         self._lock = Lock()
-        self._is_taken = False
+        self._holder: object | None = None
         self._sleepers: list[_Sleeper] = []  # in order of their coming
 
     def wait(self, is_ready: Callable[[], bool], act: Callable[[], None]) -> None:
         """Return when `is_ready()`; until then `act` again and again, or sleep while another thread does. `is_ready` may be asked by other
         threads, and is quick. What `act` raises is raised here; the others go on."""
-        while True:
-            with self._lock:
-                try:
-                    while self._is_taken and not is_ready():
-                        self._sleep(_Sleeper(self._lock, is_ready))
-                except BaseException:  # it may have been woken to go on
-                    self._wake_a_worker()
-                    raise
-                if is_ready():
-                    self._wake_a_worker()
-                    return
-                self._is_taken = True
-            try:
-                act()
-            except BaseException:
-                self._release()
+        me = object()
+        try:
+            while True:
                 with self._lock:
-                    self._wake_a_worker()
-                raise
-            self._release()
+                    while self._holder is not None and not is_ready():
+                        self._sleep(_Sleeper(self._lock, me, is_ready))
+                    if is_ready():
+                        return
+                    self._holder = me
+                act()
+                with self._lock:
+                    self._hand_on()
+        finally:
+            self._leave(me)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody else works inside; waits for the one who does."""
-        with self._lock:
-            if self._is_taken:
-                sleeper = _Sleeper(self._lock, None)
-                try:
-                    while not sleeper.has_turn:
-                        self._sleep(sleeper)
-                except BaseException:  # Ctrl-C, when the turn may just have been handed over
-                    self._is_taken = self._is_taken and not sleeper.has_turn
-                    self._wake_a_worker()
-                    raise
-            self._is_taken = True
+        me = object()
         try:
+            with self._lock:
+                if self._holder is None:
+                    self._holder = me
+                while self._holder is not me:
+                    self._sleep(_Sleeper(self._lock, me, None))
             yield
         finally:
-            self._release()
-            with self._lock:
-                self._wake_a_worker()
+            self._leave(me)
 
     def try_alone(self, act: Callable[[], None]) -> bool:
-        """`act` if nobody works at this moment; whether it did."""
-        with self._lock:
-            if self._is_taken:
+        """`act` if nobody works at this moment; whether it did. May be called from anywhere, also by the garbage collector in a thread that
+        is inside this very class."""
+        me = object()
+        if not self._lock.acquire(timeout=LONGEST_TRY):
+            return False
+        try:
+            if self._holder is not None:
                 return False
-            self._is_taken = True
+            self._holder = me
+        finally:
+            self._lock.release()
         try:
             act()
         finally:
-            self._release()
-            with self._lock:
-                self._wake_a_worker()
+            self._leave(me)
         return True
 
     def _sleep(self, sleeper: _Sleeper) -> None:
@@ -92,19 +85,20 @@ class Turns:
         finally:
             self._sleepers.remove(sleeper)
 
-    def _release(self) -> None:
-        """Give the turn to who waits for it, and wake those who have what they wait for."""
-        with self._lock:
-            wants = next((sleeper for sleeper in self._sleepers if sleeper.is_ready is None and not sleeper.has_turn), None)
-            self._is_taken = wants is not None
-            if wants is not None:
-                wants.has_turn = True
-                wants.condition.notify()
-            for sleeper in self._sleepers:
-                if sleeper.is_ready is not None and sleeper.is_ready():
-                    sleeper.condition.notify()
+    def _hand_on(self) -> None:
+        """With the lock: the turn to the first who waits for it, or to nobody; and wake those who have what they wait for."""
+        wants = next((sleeper for sleeper in self._sleepers if sleeper.is_ready is None), None)
+        self._holder = None if wants is None else wants.who
+        for sleeper in self._sleepers:
+            if sleeper is wants or sleeper.is_ready is not None and sleeper.is_ready():
+                sleeper.condition.notify()
 
-    def _wake_a_worker(self) -> None:
-        """Called by who leaves: somebody has to go on."""
-        if not self._is_taken and self._sleepers:
-            self._sleepers[0].condition.notify()
+    def _leave(self, me: object) -> None:
+        """However a call ends, an interrupt in its sleep included: it holds no turn behind it, and somebody goes on."""
+        with self._lock:
+            if self._holder is me:
+                self._hand_on()
+            if self._holder is None:
+                worker = next((sleeper for sleeper in self._sleepers if sleeper.is_ready is not None), None)
+                if worker is not None:
+                    worker.condition.notify()
