@@ -161,7 +161,7 @@ class Prefill:
         # 2. As many pieces a call as stay together below the limit.
         most = TOKENS_A_CALL["cuda" if self.device.type == "cuda" else "cpu"]
         calls: list[list[tuple[Piece, int]]] = []
-        tokens = most
+        tokens = 0
         for piece, row in zip(pieces, rows, strict=True):
             length = piece.end - piece.start
             if not calls or tokens + length > most:
