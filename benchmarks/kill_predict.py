@@ -69,7 +69,8 @@ def undisturbed(args, out: Path) -> dict:
 
 def kill_again_and_again(args, out: Path, reference: dict, generator: random.Random) -> list[dict]:
     """One entry a kill: after how long, which processes, and what was in the file."""
-    per_kill = 1.2 * reference["questions"] / args.kills  # most new answers of one start: so that the run is not complete too early
+    # Most new answers that one start is waited for, so that the run is not complete too early: those of a second come to the file together.
+    per_kill = 0.6 * reference["questions"] / args.kills
     quickest_start = reference["first_answer_seconds"]
     kills = []
     while len(kills) < args.kills:

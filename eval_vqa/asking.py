@@ -128,7 +128,7 @@ class _Requests(Iterator):
 
     @property
     def can_go_on(self) -> bool:
-        """The next request waits for no picture to be opened."""
+        """The next request, or the end, waits for no picture to be opened; but behind one that cannot be read it may."""
         return bool(self._left) or self._opened.can_go_on
 
     def __next__(self):

@@ -121,7 +121,8 @@ def predict(
 
 
 class _Pending:
-    """Rows that are written together, after a second at most: on a file system that eight ranks share a transaction takes milliseconds."""
+    """Rows that are written together, those of a second while they come: on a file system that eight ranks share a transaction takes
+    milliseconds."""
 
     def __init__(self, log: PredictionsFile, most_seconds: float = 1.0):
         self.log, self.most_seconds = log, most_seconds

@@ -2,9 +2,23 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["Ahead"]
+
+
+class _Begun:
+    """One item's result on its way. is_done: asking for it waits for nobody; read without a lock, from any thread."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None, make: Callable[[], object]):
+        self.is_done = pool is None
+        self.result = make if pool is None else pool.submit(self._make, make).result
+
+    def _make(self, make: Callable[[], object]):
+        try:
+            return make()
+        finally:
+            self.is_done = True
 
 
 class Ahead(Iterator):
@@ -21,12 +35,17 @@ class Ahead(Iterator):
         self._make, self._items = make, iter(items)
         self._most = most if workers else 1
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead") if workers else None
-        self._begun: deque[Callable | Future] = deque()
+        self._begun: deque[_Begun] = deque()
         self._has_more = True
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether `begin` would take something. As `ready`, this takes and waits for nothing, so it is for those who hold a lock."""
+        return self._has_more and len(self._begun) < self._most and getattr(self._items, "can_go_on", True)
 
     def begin(self) -> None:
         """Take as many items as can be taken without waiting, and have them made."""
-        while self._has_more and len(self._begun) < self._most and getattr(self._items, "can_go_on", True):
+        while self.can_begin:
             self._begin_one()
 
     def _begin_one(self) -> None:
@@ -36,11 +55,9 @@ class Ahead(Iterator):
             self._has_more = False
         except Exception as error:  # after those that came before it
             self._has_more = False
-            failed: Future = Future()
-            failed.set_exception(error)
-            self._begun.append(failed)
+            self._begun.append(_Begun(None, lambda error=error: _raise(error)))
         else:
-            self._begun.append(self._pool.submit(self._make, item) if self._pool else lambda: self._make(item))
+            self._begun.append(_Begun(self._pool, lambda: self._make(item)))
 
     @property
     def is_over(self) -> bool:
@@ -52,22 +69,17 @@ class Ahead(Iterator):
 
     @property
     def ready(self) -> int:
-        """So many results wait for no other thread. Takes no items, so it is for those who hold a lock."""
-        count = 0
-        for begun in self._begun:
-            if isinstance(begun, Future) and not begun.done():
-                break
-            count += 1
-        return count
+        """So many results can be had without waiting for another thread."""
+        return next((place for place, begun in enumerate(self._begun) if not begun.is_done), len(self._begun))
 
     @property
     def can_go_on(self) -> bool:
-        """The next result is one of those."""
-        return self.ready > 0
+        """`next` waits for no other thread: a result is ready, or nothing is left."""
+        return self._begun[0].is_done if self._begun else not self._has_more
 
     @property
     def is_all_ready(self) -> bool:
-        """And nothing comes behind them, as far as is known."""
+        """The results that are ready are the last ones."""
         return not self._has_more and self.ready == len(self._begun)
 
     def __next__(self):
@@ -75,7 +87,7 @@ class Ahead(Iterator):
             raise StopIteration
         first = self._begun.popleft()
         self.begin()
-        return first.result() if isinstance(first, Future) else first()
+        return first.result()
 
     def __enter__(self) -> "Ahead":
         return self
@@ -85,3 +97,7 @@ class Ahead(Iterator):
         self._begun.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _raise(error: Exception):
+    raise error

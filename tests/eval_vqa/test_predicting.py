@@ -382,7 +382,7 @@ from test_predicting import make_questions, run
 class Slow(FakeEngine):
     def generate(self, requests, on_answer=None):
         def later(index, answer):
-            time.sleep(0.01)
+            time.sleep(0.02)
             on_answer(index, answer)
         return super().generate(requests, later)
 

@@ -96,6 +96,16 @@ def test_what_is_not_needed_now_is_not_waited_for():
         assert [*prompts] == ["2", "3", "4", "5"] and prompts.is_over and prompts.is_all_ready
 
 
+def test_the_end_is_known_where_the_items_know_theirs():
+    """The last prompts of an evaluation must not wait for more to come."""
+    with Ahead(str, range(2), workers=1, most=8) as pictures, Ahead(str, pictures, workers=1, most=8) as prompts:
+        until = time.monotonic() + 20
+        while not prompts.is_all_ready and time.monotonic() < until:
+            prompts.begin() if prompts.can_begin else pictures.begin()
+        assert prompts.ready == 2 and not prompts.can_begin
+        assert [*prompts] == ["0", "1"] and prompts.can_go_on
+
+
 def test_the_leading_results_are_counted():
     doors = [threading.Event() for _ in range(4)]
 

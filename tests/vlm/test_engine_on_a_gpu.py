@@ -154,6 +154,44 @@ def test_questions_about_a_picture_are_read_together_though_prompts_come_one_by_
     assert waves == [12] and [answer.shared_tokens == 0 for answer in answers] == [number % 6 == 0 for number in range(12)]
 
 
+class Opened:
+    """Requests whose pictures are opened meanwhile: what has not come yet is not to be waited for."""
+
+    def __init__(self, requests):
+        self.requests, self.asked, self.come = list(requests), 0, 40
+
+    def __iter__(self):
+        return self
+
+    @property
+    def can_go_on(self):
+        return self.asked < self.come or self.asked == len(self.requests)
+
+    def __next__(self):
+        if self.asked == len(self.requests):
+            raise StopIteration
+        assert self.asked < self.come
+        self.asked += 1
+        return self.requests[self.asked - 1]
+
+
+def test_what_comes_while_steps_are_made_is_taken_before_anything_is_answered(engine, monkeypatch):
+    """And the last ones, fewer than are taken together, are not held back until all others are done."""
+    opened = Opened(ask(f"{number}?", max_new_tokens=30) for number in range(90))
+    monkeypatch.setattr(engine._scheduler, "choose", lambda logits, tickets: [7] * len(tickets))
+    step, running = engine._scheduler.step, []
+
+    def slowly():
+        step()
+        time.sleep(0.005)
+        running.append(len(engine._scheduler.running))
+        opened.come = min(opened.come + 25, 90)
+
+    monkeypatch.setattr(engine._scheduler, "step", slowly)
+    engine.generate(opened)
+    assert max(running) == 90
+
+
 def test_a_pool_is_made_anew_when_no_graph_lives_in_it(engine, expected, clock, monkeypatch):
     pools = []
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(len(pools)) or pools[-1])

@@ -152,7 +152,12 @@ def test_who_is_interrupted_in_its_sleep_hands_the_turn_on(monkeypatch, alone):
 def test_an_interrupt_between_two_steps_leaves_the_turn_to_others(place):
     """Wherever Ctrl-C finds who works - here at the asking after its own step - the sleeping ones go on."""
     turns, work, asked = Turns(), Work(pause=0.002), []
-    interrupted = threading.Event()
+    interrupted, until = threading.Event(), time.monotonic() + LIMIT
+
+    def act():
+        while len(turns._sleepers) < 2 and time.monotonic() < until:  # the first one keeps the turn until both others sleep
+            time.sleep(0.001)
+        work.act()
 
     def is_ready():
         if threading.current_thread().name == "unlucky":
@@ -164,13 +169,15 @@ def test_an_interrupt_between_two_steps_leaves_the_turn_to_others(place):
 
     def unlucky():
         with pytest.raises(KeyboardInterrupt):
-            turns.wait(is_ready, work.act)
+            turns.wait(is_ready, act)
 
     def other():
         turns.wait(lambda: interrupted.is_set() and work.steps >= 20, work.act)
 
     first = threading.Thread(target=unlucky, name="unlucky", daemon=True)
     first.start()
+    while turns._holder is None and time.monotonic() < until:
+        time.sleep(0.001)
     assert run_all(other, other) == []
     first.join(LIMIT)
     assert not first.is_alive() and turns._holder is None and turns._sleepers == []

@@ -108,9 +108,9 @@ class Engine:
                 while open_tickets or not intake.is_over:
                     # 1. Keep enough requests in the queue, so that the batch stays full and shared pictures are seen.
                     for index, request, prompt, error in intake.take():
-                        open_tickets[index] = self._enqueue(replace(request, messages=[]), prompt, error, keep=False)
+                        open_tickets[index] = self._enqueue(request, prompt, error, keep=False)
                     # 2. Wait for some of them, or for more to ask.
-                    self._wait(lambda: any(ticket.answer is not None for ticket in open_tickets.values()) or intake.can_take)
+                    self._wait(lambda: any(ticket.answer is not None for ticket in open_tickets.values()) or intake.has_news)
                     for index in [index for index, ticket in open_tickets.items() if ticket.answer is not None]:
                         answers[index] = open_tickets.pop(index).answer
                         if on_answer is not None:
@@ -138,11 +138,12 @@ class Engine:
         return self._enqueue(request, prompt, error, keep=keep)
 
     def _prepare(self, request: Request) -> tuple[Request, Prompt, str | None]:
-        """Any thread may do this."""
+        """(the request without its messages, whose pictures nobody needs any more; its prompt; why there is none). By any thread."""
         try:
-            return request, self._prompter.prepare(request.messages, self.max_tokens, request.thinking), None
-        except (ValueError, OSError) as error:
-            return request, self._prompter.empty(), str(error)
+            prompt, error = self._prompter.prepare(request.messages, self.max_tokens, request.thinking), None
+        except (ValueError, OSError) as found:
+            prompt, error = self._prompter.empty(), str(found)
+        return replace(request, messages=[]), prompt, error
 
     def _enqueue(self, request: Request, prompt: Prompt, error: str | None, *, keep: bool) -> Ticket:
         renderer = self.processor.renderer

@@ -49,18 +49,23 @@ class Intake:
         """Whether `take` would give something at once. Some are taken together, so that those about one picture are read together. Takes
         nothing itself: it may be asked by any thread."""
         prepared = self._prepared
-        enough = prepared.can_go_on and (prepared.ready >= self._together or prepared.is_all_ready)
-        return enough and self._has_room(self._waiting())
+        enough = prepared.ready and (prepared.ready >= self._together or prepared.is_all_ready)
+        return bool(enough) and self._has_room(self._waiting())
+
+    @property
+    def has_news(self) -> bool:
+        """Whether it is worth calling `take` now: there is something to take, or to have prepared. As quick, and as harmless."""
+        return self._prepared.can_begin or self.can_take
 
     def take(self) -> Iterator[tuple[int, Request, Prompt, str | None]]:
         """(index, request, prompt, why there is none) while there is room; each belongs into the open ones before the next is asked for.
         While some are under way only what is there is given; the first ones are waited for."""
         prepared = self._prepared
-        prepared.begin()
+        prepared.begin()  # has_news is about this too
         needed, waiting = 0 if self._open else self._together, self._waiting()
         if not needed and not self.can_take:
             return
-        while self._has_room(waiting) and (prepared.can_go_on or needed > 0 and not prepared.is_over):
+        while self._has_room(waiting) and (prepared.ready or needed > 0 and not prepared.is_over):
             request, prompt, error = next(prepared)
             if prompt.pixels is not None:
                 waiting[id(prompt.pixels)] = prompt.pixels.numel()

@@ -70,6 +70,11 @@ def _picture_key(source) -> tuple | None:
     return None
 
 
+def _bytes_a_pixel(picture: Image.Image) -> int:
+    """In memory: Pillow keeps a fourth byte beside three colours."""
+    return 1 if picture.mode in ("1", "L", "P") else 4
+
+
 class Prompter:
     """Prepares prompts of one processor, and remembers the tiles of the pictures asked about last.
 
@@ -125,10 +130,10 @@ class Prompter:
         with self._lock:
             if keys not in self._tiles:
                 opened = [picture for picture in pictures if isinstance(picture, Image.Image)]
-                size = tiles.pixels.numel() + sum(picture.width * picture.height * len(picture.getbands()) for picture in opened)
+                size = tiles.pixels.numel() + sum(picture.width * picture.height * _bytes_a_pixel(picture) for picture in opened)
                 self._tiles[keys] = tiles, pictures, size  # the pictures stay alive, so that no other object gets their id
                 self._bytes += size
-            while self._bytes > self.most_bytes:
+            while self._bytes > self.most_bytes and len(self._tiles) > 1:  # the next question may be about the last one
                 self._drop(next(iter(self._tiles)))
 
     def _prompt(self, messages: list[dict], rendered, tiles: Tiles) -> Prompt:

@@ -63,20 +63,21 @@ class Turns:
     def try_alone(self, act: Callable[[], None]) -> bool:
         """`act` if nobody works at this moment; whether it did. May be called from anywhere, also by the garbage collector in a thread that
         is inside this very class."""
-        me = object()
         if not self._lock.acquire(timeout=LONGEST_TRY):
             return False
+        me = object()
         try:
-            if self._holder is not None:
-                return False
-            self._holder = me
+            is_free = self._holder is None
+            if is_free:
+                self._holder = me
         finally:
             self._lock.release()
-        try:
-            act()
-        finally:
-            self._leave(me)
-        return True
+        if is_free:
+            try:
+                act()
+            finally:
+                self._leave(me)
+        return is_free
 
     def _sleep(self, sleeper: _Sleeper) -> None:
         self._sleepers.append(sleeper)
@@ -89,16 +90,26 @@ class Turns:
         """With the lock: the turn to the first who waits for it, or to nobody; and wake those who have what they wait for."""
         wants = next((sleeper for sleeper in self._sleepers if sleeper.is_ready is None), None)
         self._holder = None if wants is None else wants.who
+        self._wake_who_goes_on(unless_free=True)
         for sleeper in self._sleepers:
-            if sleeper is wants or sleeper.is_ready is not None and sleeper.is_ready():
+            if sleeper.is_ready is not None and sleeper.is_ready():
                 sleeper.condition.notify()
 
+    def _wake_who_goes_on(self, *, unless_free: bool = False) -> None:
+        """With the lock: whoever was handed the turn in its sleep, or of those who wait for something the first when it is free."""
+        if self._holder is None and unless_free:
+            return
+        for sleeper in self._sleepers:
+            if sleeper.who is self._holder or self._holder is None and sleeper.is_ready is not None:
+                sleeper.condition.notify()
+                return
+
     def _leave(self, me: object) -> None:
-        """However a call ends, an interrupt in its sleep included: it holds no turn behind it, and somebody goes on."""
+        """How every call ends, an interrupt in its sleep or between two steps included: it holds no turn, and somebody goes on. (A second
+        interrupt inside this one is not provided for.)"""
         with self._lock:
-            if self._holder is me:
-                self._hand_on()
-            if self._holder is None:
-                worker = next((sleeper for sleeper in self._sleepers if sleeper.is_ready is not None), None)
-                if worker is not None:
-                    worker.condition.notify()
+            try:
+                if self._holder is me:
+                    self._hand_on()
+            finally:
+                self._wake_who_goes_on()
