@@ -9,7 +9,7 @@ import pytest
 import vlm.engine.turns as turns_file
 from vlm.engine.turns import Turns
 
-LIMIT = 60  # seconds, of a test that would otherwise stand still
+LIMIT = 5  # seconds, of a test that would otherwise stand still
 
 
 class Work:
@@ -85,6 +85,19 @@ def test_only_those_are_woken_who_have_something(monkeypatch):
 
     assert run_all(*(lambda wanted=wanted: waiter(wanted) for wanted in [200] * 12 + [100])) == []
     assert work.steps == 200 and len(woken) <= 3 * 13
+
+
+def test_who_wants_the_turn_gets_it_from_one_who_works_on():
+    turns, work, done = Turns(), Work(pause=0.002), []
+
+    def loner():
+        until = time.monotonic() + LIMIT
+        while turns._holder is None and time.monotonic() < until:
+            time.sleep(0.0001)
+        with turns.alone():
+            done.append("alone")
+
+    assert run_all(lambda: turns.wait(lambda: bool(done), work.act), loner) == []
 
 
 def test_the_work_of_one_who_leaves_is_taken_over():
