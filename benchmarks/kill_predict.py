@@ -1,8 +1,9 @@
 """kill -9 at random moments of a prediction run: is it complete in the end, with each question once and the same answers?
 
 A run is started again and again, each time with another number of processes, and killed: more often than not somewhere in its start-up or
-among its first answers, for the model gives a hundred or two a second; else a random time after a random number of new ones; mostly all its processes at once, one time in four only one of them. Then it is left
-to finish, and its files are compared with those of a run that nobody disturbed.
+among its first answers, for the model gives a hundred or two a second; else a random time after a random number of new ones. Mostly all
+its processes at once are killed, one time in four only one of them. Then it is left to finish, and its files are compared with those of a
+run that nobody disturbed.
 
     python benchmarks/kill_predict.py --model runs/quickstart/model --data runs/quickstart/scenes/heldout/vqav2 --task vqav2
 """
