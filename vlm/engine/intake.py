@@ -23,7 +23,7 @@ class Intake:
         self._order = by_pictures(requests) if isinstance(requests, Sequence) else None
         given = requests if self._order is None else (requests[index] for index in self._order)
         self._prepared = Ahead(prepare, given, workers=int(beside), most=PREPARED_AHEAD)
-        self._together = TAKEN_TOGETHER if beside else 1
+        self._beside, self._together = beside, TAKEN_TOGETHER if beside else 1
         self._open, self._most, self._taken = open_tickets, most, 0
 
     def __enter__(self) -> "Intake":
@@ -59,10 +59,12 @@ class Intake:
 
     def take(self) -> Iterator[tuple[int, Request, Prompt, str | None]]:
         """(index, request, prompt, why there is none) while there is room; each belongs into the open ones before the next is asked for.
-        While some are under way only what is there is given; the first ones are waited for."""
+        On a GPU only what is there is given while some are under way, and the first ones are waited for. A processor waits for all there is
+        room for: it has nothing to gain from reading pictures one by one as they are opened."""
         prepared = self._prepared
         prepared.begin()  # has_news is about this too
-        needed, waiting = 0 if self._open else self._together, self._waiting()
+        waiting = self._waiting()
+        needed = self._most if not self._beside else 0 if self._open else self._together
         if not needed and not self.can_take:
             return
         while self._has_room(waiting) and (prepared.ready or needed > 0 and not prepared.is_over):
