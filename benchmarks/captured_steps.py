@@ -28,7 +28,7 @@ from vlm.decoder.serving import ServingDecoder  # noqa: E402
 from vlm.engine.decode_graphs import DecodeGraphs  # noqa: E402
 
 SIZES = {"tiny": ("tiny", {}), "60M": ("tiny", BODY), "4b": ("4b", {}), "8b": ("8b", {})}
-READ = 512
+READ_TOKENS = 512
 
 
 def build(size: str, device: torch.device) -> ServingDecoder:
@@ -42,11 +42,11 @@ def build(size: str, device: torch.device) -> ServingDecoder:
 
 def _started(decoder: ServingDecoder, rows: int, steps: int):
     """Slots whose rows have read random embeddings."""
-    slots, width = decoder.slots(rows, READ + steps + 8), decoder.weight.shape[1]
+    slots, width = decoder.slots(rows, READ_TOKENS + steps + 8), decoder.weight.shape[1]
     for row in range(rows):
         generator = torch.Generator().manual_seed(row)
-        embeddings = torch.randn(READ, width, generator=generator).to(decoder.weight.device, decoder.weight.dtype)
-        decoder.prefill(embeddings, slots, [row], [READ], last_only=True)
+        embeddings = torch.randn(READ_TOKENS, width, generator=generator).to(decoder.weight.device, decoder.weight.dtype)
+        decoder.prefill(embeddings, slots, [row], [READ_TOKENS], last_only=True)
     return slots
 
 
@@ -63,7 +63,9 @@ def run(decoder: ServingDecoder, rows: int, steps: int, captured: bool) -> dict:
         said.append(tokens.tolist())
         seconds.append(time.perf_counter() - begun)
     reason = graphs.reason if graphs else None
-    given_up = bool(graphs) and all(plain <= replayed for plain, replayed in graphs.measured.values())
+    if graphs and not graphs.measured:
+        reason = reason or "nothing was captured: no memory for a graph"
+    given_up = bool(graphs and graphs.measured) and all(plain <= replayed for plain, replayed in graphs.measured.values())
     return {"first_ms": seconds[0] * 1e3, "ms": min(seconds[1:]) * 1e3, "said": said, "reason": reason, "given_up": given_up}
 
 
@@ -72,7 +74,7 @@ def page(result: dict) -> str:
     lines = [
         "# Decoding steps, captured and as they are",
         "",
-        f"{result['device']}, bfloat16, {versions}; {result['steps']} steps behind {READ} tokens.",
+        f"{result['device']}, bfloat16, {versions}; {result['steps']} steps behind {READ_TOKENS} tokens.",
         "",
         "| decoder | rows | as it is, ms | captured, ms | as it is over captured | capturing, ms | same tokens |",
         "|---|---:|---:|---:|---:|---:|---|",

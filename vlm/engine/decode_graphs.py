@@ -65,26 +65,32 @@ class DecodeGraphs:
         self._pool = self._side = None
 
     def decode(self, tokens: Tensor, slots: Slots, span: int, *, even: bool = False) -> Tensor:
-        if self.reason is not None or self._too_large == slots.generation:
-            return self.decoder.decode(tokens, slots, span, even=even)
-        rows = min(1 << (len(tokens) - 1).bit_length(), slots.rows)
-        stretch = min(-(-span // STRETCH) * STRETCH, slots.span)
-        key = (slots.generation, rows, stretch)
         # The model's GPU need not be the process's current one, whose streams a capture would listen to.
         with torch.cuda.device(tokens.device):
-            if key not in self._graphs:
-                try:
-                    self._capture(key, slots, rows, stretch, tokens, span)
-                except RuntimeError as error:
-                    self._give_up(error, slots)
-                    return self.decoder.decode(tokens, slots, span, even=even)
-            self._graphs.move_to_end(key)
-            if self._graphs[key] is None:
+            captured = self._captured(tokens, slots, span, even)
+            if captured is None:
                 return self.decoder.decode(tokens, slots, span, even=even)
-            graph, given, logits = self._graphs[key]
+            graph, given, logits = captured
             given[: len(tokens)] = tokens
             graph.replay()
             return logits[: len(tokens)].clone()
+
+    def _captured(self, tokens: Tensor, slots: Slots, span: int, even: bool) -> tuple | None:
+        """The graph for such a step, the token ids that it reads (rows,) and the logits that it writes (rows, vocabulary); None where the
+        step is to run as it is."""
+        if self.reason is not None or self._too_large == slots.generation:
+            return None
+        rows = min(1 << (len(tokens) - 1).bit_length(), slots.rows)
+        stretch = min(-(-span // STRETCH) * STRETCH, slots.span)
+        key = (slots.generation, rows, stretch)
+        if key not in self._graphs:
+            try:
+                self._capture(key, slots, lambda: self.decoder.decode(tokens, slots, span, even=even), tokens.device)
+            except RuntimeError as error:
+                self._give_up(error, slots)
+                return None
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
 
     def _give_up(self, error: RuntimeError, slots: Slots) -> None:
         """For good, or where memory was short until there are other buffers."""
@@ -96,7 +102,9 @@ class DecodeGraphs:
         self._pool = None
         torch.cuda.synchronize()
 
-    def _capture(self, key: tuple, slots: Slots, rows: int, stretch: int, tokens: Tensor, span: int) -> None:
+    def _capture(self, key: tuple[int, int, int], slots: Slots, plain_step: Callable[[], Tensor], device: torch.device) -> None:
+        """For (generation, rows, stretch); `plain_step`: the step that would run otherwise."""
+        _, rows, stretch = key
         # Buffers of an earlier generation are gone, and with them the meaning of their graphs.
         for old in [old for old in self._graphs if old[0] != key[0]]:
             del self._graphs[old]
@@ -104,14 +112,14 @@ class DecodeGraphs:
             self._graphs.popitem(last=False)
         if not any(self._graphs.values()):  # a pool is gone with the last graph that lives in it
             self._pool = torch.cuda.graph_pool_handle()  # one for all: they run in turns, and what comes out of one is copied at once
-        given = torch.zeros(rows, dtype=torch.long, device=tokens.device)
+        given = torch.zeros(rows, dtype=torch.long, device=device)
         with _states_as_they_were(self.decoder, slots, rows):
             self._side = self._side or torch.cuda.Stream()  # its own: another engine's captures have theirs
             self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
                 self.decoder.decode(given, slots, stretch)
             torch.cuda.current_stream().wait_stream(self._side)
-            plain = seconds_of(lambda: self.decoder.decode(tokens, slots, span))
+            plain = seconds_of(plain_step)
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate meanwhile: one that opens pictures, another engine.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
