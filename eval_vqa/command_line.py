@@ -69,7 +69,7 @@ def build_parser(task: str) -> argparse.ArgumentParser:
     asking.add_argument("--out", type=Path, required=True, help="folder for predictions.jsonl, submission.json and run.json; a run goes on")
     asking.add_argument("--grey", action="store_true", help="replace every image by a grey one: the blind baseline")
     asking.add_argument("--limit", type=int, help="only the first so many questions")
-    asking.add_argument("--batch", type=int, default=128, help="questions answered together, where memory allows (default %(default)s)")
+    asking.add_argument("--batch", type=int, help="most questions answered together, where memory allows (default: the engine's 128)")
     asking.add_argument("--thinking", action="store_true", help="let a reasoning checkpoint think before it answers (default: it does not)")
     asking.add_argument("--max-new-tokens", type=int,
                         help=f"longest answer with its thoughts (default {NEW_TOKENS}, with --thinking {THINKING_NEW_TOKENS})")  # fmt: skip
@@ -135,9 +135,11 @@ def _predict(task: str, args, load_engine) -> int:
 
     usual = THINKING_NEW_TOKENS if args.thinking else NEW_TOKENS
     most = usual if args.max_new_tokens is None else args.max_new_tokens
-    settings = PredictSettings(max_new_tokens=most, grey=args.grey, thinking=args.thinking, on_missing=args.on_missing)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be at least 1, found {args.limit}")
+    for option in ("limit", "batch"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, found {value}")
+    at_a_time = max(PredictSettings.at_a_time, 4 * (args.batch or 0))  # so that the engine's batch stays full
+    settings = PredictSettings(at_a_time, most, args.grey, args.thinking, args.on_missing)
     rank = this_rank()
     files = _locate(task, args)
     questions = read_questions(task, files)[: args.limit]
@@ -222,9 +224,10 @@ def _load_engine(args):
     from vlm.engine import Engine
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    more = {"quantize": args.quantize} if args.quantize else {}
+    given = {"quantize": args.quantize, "max_batch": args.batch}
+    more = {name: value for name, value in given.items() if value is not None}
     device = this_rank().device(args.device)
-    engine = Engine.from_pretrained(args.model, device=device, dtype=dtype, on_drift=args.on_drift, max_batch=args.batch, **more)
+    engine = Engine.from_pretrained(args.model, device=device, dtype=dtype, on_drift=args.on_drift, **more)
     if this_rank().is_first:
         tell(engine.golden_note)
     return engine

@@ -1,5 +1,5 @@
-"""Asks the model every question of a split, so that a kill costs what was in the engine and the answers that came last - those of a second
-or, where they come together and rarely, of one time - and nothing else is asked twice.
+"""Asks the model every question of a split, so that a kill costs what was in the engine and the answers that came last, and nothing else is
+asked twice.
 
 OUT/run.json       what was asked of what: written first, and completed with counts and problems at the end
 OUT/predictions.jsonl   one line per question as it is answered, by any number of processes
@@ -11,6 +11,7 @@ image that is missing or cannot be read is an error by default; `skip` leaves it
 them with an empty string. Both list them in run.json.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ SHARES_PER_RANK = 4  # a process takes at most this part of its share at a time,
 class PredictSettings:
     """How to ask. A run goes on only with the max_new_tokens, grey and thinking it began with."""
 
-    batch: int = 512  # questions that one process takes at a time, and hands to the engine together
+    at_a_time: int = 512  # questions that one process claims, and hands to the engine together
     max_new_tokens: int = 16  # an answer that has not ended by then is cut; run.json counts those
     grey: bool = False  # every image replaced by a grey one of its size: what the questions alone give away
     thinking: bool = False  # let a reasoning checkpoint think first; short answers are trained behind its mark of no thoughts
@@ -46,8 +47,8 @@ class PredictSettings:
     def __post_init__(self):
         if self.on_missing not in ON_MISSING:
             raise ValueError(f"on_missing must be one of {', '.join(ON_MISSING)}, found {self.on_missing!r}")
-        if self.batch < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"batch and max_new_tokens must be at least 1, found {self.batch} and {self.max_new_tokens}")
+        if self.at_a_time < 1 or self.max_new_tokens < 1:
+            raise ValueError(f"at_a_time and max_new_tokens must be at least 1, found {self.at_a_time} and {self.max_new_tokens}")
 
 
 @dataclass
@@ -106,7 +107,7 @@ def predict(
                 progress.show(len(log.rows) + len(pending.rows) - others)
 
             asker = Asker(task, engine, settings, write, make_request)
-            for batch in _batches(questions, claims, log, settings.batch, rank):
+            for batch in _batches(questions, claims, log, settings.at_a_time, rank):
                 try:
                     asker.ask(batch)
                 finally:
@@ -121,25 +122,23 @@ def predict(
 
 
 class _Pending:
-    """Rows that are written together, those of a second while they come: on a file system that eight ranks share a transaction takes
-    milliseconds."""
+    """Rows that are written together, once a second at most: on a file system that eight ranks share a transaction takes milliseconds. What
+    comes alone is written at once; of what comes together all but the first waits for the next or for the end of the batch."""
 
-    def __init__(self, log: PredictionsFile, most_seconds: float = 1.0):
-        self.log, self.most_seconds = log, most_seconds
+    def __init__(self, log: PredictionsFile, least_seconds: float = 1.0):
+        self.log, self.least_seconds = log, least_seconds
         self.rows: list[dict] = []
-        self.since = 0.0
+        self.written = -math.inf
 
     def add(self, row: dict) -> None:
-        if not self.rows:
-            self.since = time.monotonic()
         self.rows.append(row)
-        if time.monotonic() - self.since >= self.most_seconds:
+        if time.monotonic() - self.written >= self.least_seconds:
             self.write()
 
     def write(self) -> None:
         if self.rows:
             self.log.append(*self.rows)
-            self.rows = []
+            self.rows, self.written = [], time.monotonic()
 
 
 def _batches(questions: list[Question], claims: Claims, log: PredictionsFile, size: int, rank: Rank) -> Iterator[list[Question]]:

@@ -48,7 +48,7 @@ def take_part(folder, number, world):
     folder = Path(folder)
     questions = make_questions(folder, QUESTIONS, IMAGES) if not (folder / "made").exists() else question_list(folder)
     engine = Logged(folder / f"asked.{os.getpid()}")
-    predict("vqav2", questions, engine, folder / "out", PredictSettings(batch=8), make_request=FakeRequest, rank=Rank(number, world))
+    predict("vqav2", questions, engine, folder / "out", PredictSettings(at_a_time=8), make_request=FakeRequest, rank=Rank(number, world))
 
 
 def question_list(folder):

@@ -36,7 +36,7 @@ def lines(out):
 
 
 def test_every_question_is_asked_once_with_its_image_and_the_pinned_prompt(tmp_path):
-    engine, outcome = run(make_questions(tmp_path), tmp_path / "out", batch=3, max_new_tokens=9)
+    engine, outcome = run(make_questions(tmp_path), tmp_path / "out", at_a_time=3, max_new_tokens=9)
     assert engine.batches == [3, 3, 1]
     assert engine.asked[0][1:] == ("Q0\nAnswer the question using a single word or phrase.", 9)
     submission = json.loads((tmp_path / "out" / "submission.json").read_text())
@@ -62,10 +62,10 @@ def test_a_line_is_an_official_result_with_its_circumstances(tmp_path):
 def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     questions, out = make_questions(tmp_path), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(questions, out, FakeEngine(crash_after=4), batch=3)
+        run(questions, out, FakeEngine(crash_after=4), at_a_time=3)
     assert len(lines(out)) == 4
     assert not (out / "submission.json").exists()
-    engine, outcome = run(questions, out, batch=3)
+    engine, outcome = run(questions, out, at_a_time=3)
     assert len(engine.asked) == 3
     assert sorted(row["question_id"] for row in lines(out)) == list(range(7))
     assert [row["question_id"] for row in outcome.rows] == list(range(7))
@@ -81,7 +81,7 @@ def test_answers_are_on_disk_before_anything_else_is_asked(tmp_path):
             seen.append(len(path.read_text().splitlines()) if path.exists() else 0)
             return super().generate(requests, on_answer)
 
-    run(make_questions(tmp_path), tmp_path / "out", Looking(), batch=3)
+    run(make_questions(tmp_path), tmp_path / "out", Looking(), at_a_time=3)
     assert seen == [0, 3, 6]
 
 
@@ -190,7 +190,7 @@ def broken_set(folder):
 
 def test_a_broken_image_stops_by_default_and_what_was_answered_stays(tmp_path):
     with pytest.raises(ValueError, match=r"question 1: image .*1\.png cannot be read"):
-        run(broken_set(tmp_path), tmp_path / "out", batch=3)
+        run(broken_set(tmp_path), tmp_path / "out", at_a_time=3)
     assert len(lines(tmp_path / "out")) == 3
 
 
@@ -251,7 +251,7 @@ def test_an_engine_that_forgets_a_request_is_an_error(tmp_path):
         run(make_questions(tmp_path), tmp_path / "out", Forgetful())
 
 
-@pytest.mark.parametrize("settings", [{"on_missing": "ignore"}, {"batch": 0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize("settings", [{"on_missing": "ignore"}, {"at_a_time": 0}, {"max_new_tokens": 0}])
 def test_settings_check_themselves(settings):
     with pytest.raises(ValueError, match="must be"):
         PredictSettings(**settings)
@@ -386,7 +386,7 @@ class Slow(FakeEngine):
             on_answer(index, answer)
         return super().generate(requests, later)
 
-run(make_questions(Path({folder!r}), 60), Path({folder!r}) / "out", Slow(), batch=8)
+run(make_questions(Path({folder!r}), 60), Path({folder!r}) / "out", Slow(), at_a_time=8)
 """
 
 
