@@ -27,6 +27,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from result_files import write_results  # noqa: E402
 
+from vlm.device import default_device  # noqa: E402
 from vlm.loss import IGNORE_INDEX, supervised_loss  # noqa: E402
 
 
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512, help="decoder width; the logits do not depend on it")
     parser.add_argument("--answers", type=int, nargs="+", default=[8, 64, 512, 3399], help="supervised tokens, a row each")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "loss")
     parser.add_argument("--child", nargs=2, metavar=("WAY", "ANSWERS"), help=argparse.SUPPRESS)

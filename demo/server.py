@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help=f"what clients must send as their key (default: the environment variable {KEY_VARIABLE}; without it no key is "
                         "needed)")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer a client may ask for (default: %(default)s)")
-    parser.add_argument("--max-batch", type=int, default=64, help="most answers decoded together (default: %(default)s)")
+    parser.add_argument("--max-batch", type=int, help="most answers decoded together, where memory allows (default: the engine's 128)")
     parser.add_argument(
         "--max-open", type=int, default=MOST_OPEN, help="most answers waiting or under way; more get 429 (default: %(default)s)"
     )
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_packages("server", ("fastapi", "uvicorn"))
         for option in ("max_new_tokens", "max_batch", "max_open"):
-            if getattr(args, option) < 1:
+            if getattr(args, option) is not None and getattr(args, option) < 1:
                 raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; expected at least 1")
         with reserve_port(args.host, args.port) as listener:
             import torch
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
                 device=args.device,
                 dtype=getattr(torch, args.dtype) if args.dtype else None,
                 on_drift=args.on_drift,
-                max_batch=args.max_batch,
+                **({} if args.max_batch is None else {"max_batch": args.max_batch}),
                 memory_bytes=int(args.memory_gb * 1e9) if args.memory_gb is not None else None,
                 quantize=args.quantize,
             )

@@ -7,12 +7,10 @@ unpacked to be measured on. Only reading; plain files and folders go through the
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 
 __all__ = ["exists", "is_archive", "is_file", "members", "read_bytes"]
 
 MOST_OPEN = 16  # archives kept open per process; each holds its table of contents in memory
-_READING = Lock()  # pictures are opened by several threads, and a ZipFile counts its readers without one
 
 
 def is_archive(path: Path) -> bool:
@@ -44,8 +42,7 @@ def read_bytes(path: Path) -> bytes:
             raise FileNotFoundError(f"{path} not found")
         return path.read_bytes()
     try:
-        with _READING:
-            return _opened(archive, _stamp(archive)).read(name)
+        return _opened(archive, _stamp(archive)).read(name)
     except KeyError:
         raise FileNotFoundError(f"{path} not found: {archive.name} has no member {name!r}") from None
     except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:

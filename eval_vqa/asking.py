@@ -9,6 +9,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import groupby
+from operator import attrgetter
 
 from eval_vqa.image_files import grey_like, load_image
 from eval_vqa.official_files import Question
@@ -40,7 +42,8 @@ class Asker:
             processor.renderer.chat_format.answer_opening(True)  # one error now, or the same one for every question
 
     def ask(self, batch: list[Question]) -> None:
-        """Writes one row for each question. Raises ValueError for an unreadable image when that is to stop the run."""
+        """Writes one row for each question; those of one image stand side by side. Raises ValueError for an unreadable image when that is
+        to stop the run."""
         asked: list[tuple[Question, dict]] = []
         written: set[int] = set()
 
@@ -55,13 +58,13 @@ class Asker:
         if len(written) != len(asked):
             raise RuntimeError(f"the engine gave {len(written)} answers to {len(asked)} requests")
 
-    def request(self, question: Question, image):
+    def _request(self, question: Question, image):
         """What the engine is asked."""
         text = render_prompt(PROMPTS[self.task], question.text)
         content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
         return self.make_request(messages=[{"role": "user", "content": content}], **self.options)
 
-    def picture(self, questions: list[Question]) -> tuple:
+    def _picture(self, questions: list[Question]) -> tuple:
         """Of questions about one image: (they, image, what a row says of it); (they, None, the problem) for one that cannot be read."""
         question = questions[0]
         try:
@@ -78,7 +81,8 @@ class Asker:
         processor = getattr(self.engine, "processor", None)
         return None if processor is None else processor.image_processor.count_tiles(*upright(image).size)
 
-    def write_unreadable(self, question: Question, problem: str) -> None:
+    def _write_unreadable(self, question: Question, problem: str) -> None:
+        """A row without an answer, or with an empty one. Raises ValueError where that is to stop the run."""
         if self.settings.on_missing == "fail":
             raise ValueError(f"question {question.id!r}: {problem}; --on-missing skip or blank goes on without it")
         blank = self.settings.on_missing == "blank"
@@ -116,14 +120,12 @@ class _Requests(Iterator):
     def __init__(self, asker: Asker, questions: list[Question], asked: list[tuple[Question, dict]]):
         from PIL import Image
 
-        from vlm.ahead import Ahead
+        from vlm.prefetching import Prefetcher
 
         Image.init()  # by one thread: Pillow loads its formats at the first picture, and two threads would disturb each other
-        of_image: dict = {}
-        for question in questions:
-            of_image.setdefault(question.image, []).append(question)
+        of_one_image = [list(group) for _, group in groupby(questions, key=attrgetter("image"))]  # they are neighbours
         self.asker, self.asked = asker, asked
-        self._opened = Ahead(asker.picture, of_image.values(), workers=OPENING_THREADS, most=PICTURES_AHEAD)
+        self._opened = Prefetcher(asker._picture, of_one_image, workers=OPENING_THREADS, most=PICTURES_AHEAD)
         self._left: deque[tuple] = deque()
 
     @property
@@ -136,12 +138,12 @@ class _Requests(Iterator):
             questions, image, circumstances = next(self._opened)
             for question in questions:
                 if image is None:
-                    self.asker.write_unreadable(question, circumstances["problem"])
+                    self.asker._write_unreadable(question, circumstances["problem"])
                 else:
                     self._left.append((question, image, circumstances))
         question, image, circumstances = self._left.popleft()
         self.asked.append((question, circumstances))
-        return self.asker.request(question, image)
+        return self.asker._request(question, image)
 
     def close(self) -> None:
-        self._opened.__exit__()
+        self._opened.close()

@@ -9,6 +9,7 @@ import torch
 from engine_requests import PICTURES, ask
 
 import vlm.engine.decode_graphs as decode_graphs
+import vlm.engine.intake as intake
 from vlm.decoder.serving import ServingDecoder
 from vlm.engine import Engine
 
@@ -106,6 +107,30 @@ def test_what_is_no_faster_captured_runs_as_it_is(engine, expected, clock):
     assert graphs.measured == measured
 
 
+def test_the_plain_step_that_is_measured_is_the_one_that_would_run(engine, monkeypatch, clock):
+    """Rows that stand level need no mask, which makes a step quicker."""
+    asked, measured, plain = [], [], engine._scheduler.graphs.decode
+
+    def noting(tokens, slots, span, *, even=False):
+        asked.append((len(tokens), span, even))
+        return plain(tokens, slots, span, even=even)
+
+    def measuring(act):
+        with monkeypatch.context() as patch:
+            step = ServingDecoder.decode
+            patch.setattr(ServingDecoder, "decode", lambda self, tokens, slots, span, even=False: measured.append(
+                (len(tokens), span, even)) or step(self, tokens, slots, span, even=even))  # fmt: skip
+            return clock(act)
+
+    monkeypatch.setattr(engine._scheduler.graphs, "decode", noting)
+    monkeypatch.setattr(decode_graphs, "seconds_of", measuring)
+    for number in (3, 5):
+        for ticket in [engine.submit(ask("level", max_new_tokens=3), keep=False) for _ in range(number)]:
+            ticket.result()
+    engine.generate([ask("one"), ask("one and another")])
+    assert measured and set(measured) <= set(asked) and {even for _, _, even in measured} == {True, False}
+
+
 def test_each_size_of_batch_is_measured_for_itself(engine, expected, monkeypatch, clock):
     """A replay of eight rows is slower than a plain step here, one of fewer is faster."""
     rows = []
@@ -173,6 +198,25 @@ class Opened:
         assert self.asked < self.come
         self.asked += 1
         return self.requests[self.asked - 1]
+
+
+def test_pictures_are_read_whole_while_others_are_under_way(engine, monkeypatch):
+    """Prompts come one by one and steps go on: taken as they come, a picture would be read for its first question and for its second."""
+    prepare, waves, read = engine._prepare, [], engine._scheduler.prefill.read
+
+    def slowly(request):
+        time.sleep(0.004)
+        return prepare(request)
+
+    def noting(wave, *rest):
+        waves.append(len(wave))
+        return read(wave, *rest)
+
+    monkeypatch.setattr(engine, "_prepare", slowly)
+    monkeypatch.setattr(engine._scheduler.prefill, "read", noting)
+    monkeypatch.setattr(engine._scheduler, "choose", lambda logits, tickets: [7] * len(tickets))
+    engine.generate([ask(f"{number}?", max_new_tokens=40) for number in range(4 * intake.TAKEN_TOGETHER + 5)])
+    assert waves[-1] >= 5 and min(waves[:-1]) >= intake.TAKEN_TOGETHER and sum(waves) == 4 * intake.TAKEN_TOGETHER + 5
 
 
 def test_what_comes_while_steps_are_made_is_taken_before_anything_is_answered(engine, monkeypatch):

@@ -1,9 +1,7 @@
 """One renderer: plain text stays plain, labels cover answers only, a prompt is a prefix of its training text."""
 
-import copy
 import json
 import random
-from functools import lru_cache
 
 import pytest
 
@@ -169,8 +167,7 @@ def test_marked_text_must_have_as_many_images_as_tile_counts(tiny_processor, cha
 
 def test_long_texts_do_not_fill_the_memory_of_short_ones(tiny_processor):
     """Ids of a page are a hundred times those of a question; a reading process would hold gigabytes of them."""
-    renderer = copy.copy(tiny_processor.renderer)
-    renderer._encode_cached, renderer._encode_long_cached = (lru_cache(maxsize=size)(renderer._encode) for size in (65536, 256))
+    renderer = Renderer(tiny_processor.tokenizer, tiny_processor.renderer.chat_format, 4)
     for number in range(300):
         page, question = f"{number} word" * 60, f"question {number}?"
         assert renderer.encode_plain(page) == list(renderer._encode(page)) and renderer.encode_plain(question)

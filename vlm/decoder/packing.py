@@ -21,9 +21,8 @@ __all__ = ["Borders", "Group", "Packing"]
 @dataclass(frozen=True)
 class Group:
     """Segments of similar length. rows: (G,) their rows in the buffers, row_slice: the same when they stand side by side; span: keys
-    each may see at most, its past included. common: where
-    the SSM states before stand and the keys and values of all that was read before, the same for all of them, or None; as_tails: what they
-    read becomes tails on it.
+    each may see at most, its past included. common: where the SSM states before stand, and the keys and values of all that was read before,
+    the same for all of them, or None; as_tails: what they read becomes tails on it.
 
     places: (G L) their positions in the pack (padding repeats the last one), or a slice when nothing needs to be moved;
     valid: (G, L) bool, or None without padding; kept: which of the G L are real, targets: their places in the pack.

@@ -5,7 +5,8 @@ that part, another per row those of its own tokens; one softmax over both (Hydra
 2402.05099).
 `scaled_dot_product_attention` over each row's copy is the reference.
 
-Letters: R rows, KV key heads, r query heads per key head, E head width, M shared tokens, S slots looked at.
+Letters: R rows, KV key heads, r query heads per key head (times positions, where several of a row are asked at once), E head width, M
+shared tokens, S slots looked at.
 """
 
 import torch
@@ -18,7 +19,7 @@ def attend_shared(
     query: Tensor, shared_keys: Tensor, shared_values: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float
 ) -> Tensor:
     """query (R, KV, r, E); shared_keys, shared_values (KV, M, E); keys, values (R, KV, S - M, E), what comes after; visible
-    (R, 1, 1, S - M) bool or None, or what of it is the same for all -> (R, KV, r, E). All of it is computed in float32 at least."""
+    bool, broadcastable to (R, KV, r, S - M), or None -> (R, KV, r, E). All of it is computed in float32 at least."""
     rows, heads, repeats, width = query.shape
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)

@@ -29,6 +29,7 @@ from .turns import Turns
 
 __all__ = ["Engine"]
 
+DEFAULT_MAX_BATCH = 128  # measured: docs/decisions.md
 KEPT_SHARE = 4  # a quarter of the memory is for states of prefixes and of conversations that may go on
 
 
@@ -47,7 +48,7 @@ class Engine:
         self,
         model: VisionLanguageModel,
         processor: VLMProcessor,
-        max_batch: int = 128,
+        max_batch: int = DEFAULT_MAX_BATCH,
         max_tokens: int | None = None,
         *,
         memory_bytes: int | None = None,
@@ -104,7 +105,7 @@ class Engine:
         open_tickets: dict[int, Ticket] = {}
         self._prompter.forget()
         try:
-            with Intake(requests, self._prepare, open_tickets, 2 * self.max_batch, beside=self.device.type == "cuda") as intake:
+            with Intake(requests, self._prepare, open_tickets, 2 * self.max_batch, in_thread=self.device.type == "cuda") as intake:
                 while open_tickets or not intake.is_over:
                     # 1. Keep enough requests in the queue, so that the batch stays full and shared pictures are seen.
                     for index, request, prompt, error in intake.take():

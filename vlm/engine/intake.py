@@ -3,37 +3,39 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..ahead import Ahead
+from ..prefetching import Prefetcher
 from .prompt import Prompt
 from .request import Request
 from .ticket import Ticket
 
 __all__ = ["Intake"]
 
-MOST_AHEAD_BYTES = 2**28  # of tiles that wait to be read
-PREPARED_AHEAD, TAKEN_TOGETHER = 48, 32  # prompts that another thread makes while a GPU computes
+MOST_AHEAD_BYTES = 2**28  # of tiles in the queue
+PREPARED_AHEAD, TAKEN_TOGETHER = 48, 32  # prompts that another thread makes while a GPU computes: their tiles come on top of those
 
 
 class Intake:
-    """Use it as a context manager. `open_tickets`: those under way, which whoever owns them changes; `most`: how many there may be.
+    """Use it as a context manager. `prepare`: makes (request, prompt, why there is none) of a request. `open_tickets`: those under way,
+    which whoever owns them changes; `most`: how many there may be. `in_thread`: prepare in another thread.
 
-    A sequence is taken in the order that shares most, anything else as it comes. `beside`: prepare in another thread."""
+    A sequence is taken in the order that shares most, anything else as it comes."""
 
-    def __init__(self, requests: Iterable[Request], prepare: Callable, open_tickets: dict[int, Ticket], most: int, *, beside: bool):
+    def __init__(self, requests: Iterable[Request], prepare: Callable, open_tickets: dict[int, Ticket], most: int, *, in_thread: bool):
         self._order = by_pictures(requests) if isinstance(requests, Sequence) else None
         given = requests if self._order is None else (requests[index] for index in self._order)
-        self._prepared = Ahead(prepare, given, workers=int(beside), most=PREPARED_AHEAD)
-        self._beside, self._together = beside, TAKEN_TOGETHER if beside else 1
+        self._prepared = Prefetcher(prepare, given, workers=int(in_thread), most=PREPARED_AHEAD)
+        self._in_thread, self._together = in_thread, TAKEN_TOGETHER if in_thread else 1
         self._open, self._most, self._taken = open_tickets, most, 0
 
     def __enter__(self) -> "Intake":
         return self
 
     def __exit__(self, *_) -> None:
-        self._prepared.__exit__()
+        self._prepared.close()
 
     @property
     def is_over(self) -> bool:
+        """No request is left. Waits for the next one where none is at hand."""
         return self._prepared.is_over
 
     def _waiting(self) -> dict[int, int]:
@@ -49,7 +51,7 @@ class Intake:
         """Whether `take` would give something at once. Some are taken together, so that those about one picture are read together. Takes
         nothing itself: it may be asked by any thread."""
         prepared = self._prepared
-        enough = prepared.ready and (prepared.ready >= self._together or prepared.is_all_ready)
+        enough = prepared.ready_count and (prepared.ready_count >= self._together or prepared.is_all_ready)
         return bool(enough) and self._has_room(self._waiting())
 
     @property
@@ -64,10 +66,10 @@ class Intake:
         prepared = self._prepared
         prepared.begin()  # has_news is about this too
         waiting = self._waiting()
-        needed = self._most if not self._beside else 0 if self._open else self._together
+        needed = self._most if not self._in_thread else 0 if self._open else self._together
         if not needed and not self.can_take:
             return
-        while self._has_room(waiting) and (prepared.ready or needed > 0 and not prepared.is_over):
+        while self._has_room(waiting) and (prepared.ready_count or needed > 0 and not prepared.is_over):
             request, prompt, error = next(prepared)
             if prompt.pixels is not None:
                 waiting[id(prompt.pixels)] = prompt.pixels.numel()

@@ -175,7 +175,6 @@ class Prefill:
         """Make every row ready to read on -> for rows whose SSM states were left where they are, where that is."""
         common: dict[int, Common] = {}
         forked: set[int] = set()
-        on_processor = self.device.type == "cpu"
         for source, origins, targets in self._origins(pieces, found, nodes, rows, places):
             families: dict[int, list[int]] = {}
             for origin, target in zip(origins, targets, strict=True):
@@ -185,9 +184,8 @@ class Prefill:
                 for origin, family in families.items()
             }
             # Scan and attention of each such family are calls of their own, which a processor makes sooner than a copy of the state.
-            least = LEAST_FAMILY if on_processor else len(rows)
-            left = {origin for origin, family in families.items() if len(family) >= min(least, len(rows))}
-            left -= {origin for origin in left if shared[origin] is None}
+            least = min(LEAST_FAMILY, len(rows)) if self.device.type == "cpu" else len(rows)
+            left = {origin for origin, family in families.items() if shared[origin] is not None and len(family) >= least}
             for with_ssm in (False, True):
                 pairs = [(origin, row) for origin, family in families.items() if (origin not in left) == with_ssm for row in family]
                 slots.fork(source, [origin for origin, _ in pairs], [row for _, row in pairs], with_ssm=with_ssm)

@@ -1,7 +1,7 @@
 """Choose the next token of every running row: the likeliest for greedy ones, a draw with its own generator for each of the others.
 
 A draw is one number of the row's generator, on the CPU, looked up in the row's cumulated probabilities in float64, on the model's device:
-it depends on the seed and the row's logits alone, and 64 rows over 131,072 words are not carried to the host at every step.
+it depends on the seed and the row's logits alone, and 128 rows over 131,072 words are not carried to the host at every step.
 
 Letters: R rows, V vocabulary, K most probable tokens.
 """

@@ -15,7 +15,7 @@ from .memory import StateCost, rounded_span
 from .prefill import Prefill
 from .sampling import choose_tokens
 from .ticket import Ticket
-from .wave import Wave, by_id, common_prefix
+from .wave import Wave, by_id, shared_prefix_tokens
 
 __all__ = ["Scheduler"]
 
@@ -60,7 +60,7 @@ class Scheduler:
     def _need(self, rows: int, span: int, wave: Wave, held: dict[int, Slots] | None = None) -> int:
         """Bytes of the batch, of what it goes on from (`held`, where that is known), and of what reading the prompts of `wave` holds beside
         it: prompts begun, shared prefixes, and forks to score texts."""
-        longest = rounded_span(wave.longest) if span else 0
+        longest = rounded_span(wave.longest_tokens) if span else 0
         beside = self.cost.bytes(wave.families + wave.forks, longest)
         return self.cost.bytes(rows, span) + beside + self._held_bytes(wave, held)
 
@@ -138,7 +138,7 @@ class Scheduler:
         for ticket in self.waiting:
             rows = len(self.running) + len(wave) + 1
             is_first = not wave
-            known = common_prefix(wave[-1], ticket) if wave else ticket.begun.length if ticket.begun else 0
+            known = shared_prefix_tokens(wave[-1], ticket) if wave else ticket.begun.length if ticket.begun else 0
             new = len(ticket.prompt) - known
             wider = max(span, rounded_span(ticket.most_tokens))
             joining.add(ticket)
@@ -208,7 +208,7 @@ class Scheduler:
             except BaseException as error:  # out of memory: some layers' buffers are exchanged and some are not
                 self._fail_running(error)
                 raise
-        forks = self.cost.bytes(reading.forks, rounded_span(reading.longest))
+        forks = self.cost.bytes(reading.forks, rounded_span(reading.longest_tokens))
         return self.budget_bytes - self.cost.bytes(*chosen) - self._held_bytes(reading) - forks
 
     def _decode(self) -> None:

@@ -10,7 +10,7 @@ from threading import Condition, Lock
 
 __all__ = ["Turns"]
 
-LONGEST_TRY = 0.05  # seconds
+LONGEST_TRY_SECONDS = 0.05
 
 
 class _Sleeper:
@@ -63,7 +63,7 @@ class Turns:
     def try_alone(self, act: Callable[[], None]) -> bool:
         """`act` if nobody works at this moment; whether it did. May be called from anywhere, also by the garbage collector in a thread that
         is inside this very class."""
-        if not self._lock.acquire(timeout=LONGEST_TRY):
+        if not self._lock.acquire(timeout=LONGEST_TRY_SECONDS):
             return False
         me = object()
         try:
@@ -90,15 +90,14 @@ class Turns:
         """With the lock: the turn to the first who waits for it, or to nobody; and wake those who have what they wait for."""
         wants = next((sleeper for sleeper in self._sleepers if sleeper.is_ready is None), None)
         self._holder = None if wants is None else wants.who
-        self._wake_who_goes_on(unless_free=True)
+        if wants is not None:
+            wants.condition.notify()
         for sleeper in self._sleepers:
             if sleeper.is_ready is not None and sleeper.is_ready():
                 sleeper.condition.notify()
 
-    def _wake_who_goes_on(self, *, unless_free: bool = False) -> None:
-        """With the lock: whoever was handed the turn in its sleep, or of those who wait for something the first when it is free."""
-        if self._holder is None and unless_free:
-            return
+    def _wake_who_goes_on(self) -> None:
+        """With the lock: whoever was handed the turn in its sleep, or the first of those who wait for something when it is free."""
         for sleeper in self._sleepers:
             if sleeper.who is self._holder or self._holder is None and sleeper.is_ready is not None:
                 sleeper.condition.notify()

@@ -7,10 +7,10 @@ from .sharing import LEAST_SHARED_TOKENS, common_length
 from .text_scores import SCORES_A_CALL
 from .ticket import Ticket
 
-__all__ = ["Wave", "by_id", "common_prefix"]
+__all__ = ["Wave", "by_id", "shared_prefix_tokens"]
 
 
-def common_prefix(before: Ticket | None, ticket: Ticket) -> int:
+def shared_prefix_tokens(before: Ticket | None, ticket: Ticket) -> int:
     """Length of the prefix a ticket shares with the one before it; asked again for every ticket behind, so it is remembered."""
     if before is None:
         return 0
@@ -25,22 +25,22 @@ def by_id(states: Iterable[Slots]) -> dict[int, Slots]:
 
 
 class Wave:
-    """Requests that are to be read together, and what that takes: counted as they are added, for a queue may be long."""
+    """tickets: in the order they were added. The counts only grow: a wave whose last ticket is taken out again is good for its tickets."""
 
     def __init__(self, tickets: Iterable[Ticket] = ()):
         self.tickets: list[Ticket] = []
         self.families = 0  # prefixes that are read once
         self.texts = 0  # to be scored
-        self.longest = 0  # prompt
+        self.longest_tokens = 0  # of a prompt
         self.begun: dict[int, Slots] = {}  # states of prompts that are read in part
         for ticket in tickets:
             self.add(ticket)
 
     def add(self, ticket: Ticket) -> None:
         before = self.tickets[-1] if self.tickets else None
-        self.families += common_prefix(before, ticket) < LEAST_SHARED_TOKENS
+        self.families += shared_prefix_tokens(before, ticket) < LEAST_SHARED_TOKENS
         self.texts += len(ticket.request.score_texts)
-        self.longest = max(self.longest, len(ticket.prompt))
+        self.longest_tokens = max(self.longest_tokens, len(ticket.prompt))
         self.tickets.append(ticket)
         if ticket.begun is not None:
             self.begun[id(ticket.begun.state)] = ticket.begun.state

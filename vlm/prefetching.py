@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["Ahead"]
+__all__ = ["Prefetcher"]
 
 
 class _Begun:
@@ -21,12 +21,12 @@ class _Begun:
             self.is_done = True
 
 
-class Ahead(Iterator):
+class Prefetcher(Iterator):
     """Iterate over it for `make(item)` of each item, in order; use it as a context manager.
 
     workers: threads that make, of up to `most` items beforehand; with 0 each result is made when it is asked for. Items are taken in the
     thread that asks, and where they say `can_go_on`, as these results do, only one that is needed now is waited for. An error of `make`, or
-    of the items themselves, is raised where its result would come.
+    of the items themselves, is raised where its result would come. Raises ValueError for numbers that are too small.
     """
 
     def __init__(self, make: Callable, items: Iterable, *, workers: int, most: int):
@@ -34,13 +34,13 @@ class Ahead(Iterator):
             raise ValueError(f"{workers = } and {most = }; expected 0 or more and 1 or more")
         self._make, self._items = make, iter(items)
         self._most = most if workers else 1
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead") if workers else None
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch") if workers else None
         self._begun: deque[_Begun] = deque()
         self._has_more = True
 
     @property
     def can_begin(self) -> bool:
-        """Whether `begin` would take something. As `ready`, this takes and waits for nothing, so it is for those who hold a lock."""
+        """Whether `begin` would take something. As `ready_count`, this takes and waits for nothing, so it is for those who hold a lock."""
         return self._has_more and len(self._begun) < self._most and getattr(self._items, "can_go_on", True)
 
     def begin(self) -> None:
@@ -68,7 +68,7 @@ class Ahead(Iterator):
         return not self._begun
 
     @property
-    def ready(self) -> int:
+    def ready_count(self) -> int:
         """So many results can be had without waiting for another thread."""
         return next((place for place, begun in enumerate(self._begun) if not begun.is_done), len(self._begun))
 
@@ -80,7 +80,7 @@ class Ahead(Iterator):
     @property
     def is_all_ready(self) -> bool:
         """The results that are ready are the last ones."""
-        return not self._has_more and self.ready == len(self._begun)
+        return not self._has_more and self.ready_count == len(self._begun)
 
     def __next__(self):
         if self.is_over:
@@ -89,10 +89,14 @@ class Ahead(Iterator):
         self.begin()
         return first.result()
 
-    def __enter__(self) -> "Ahead":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Begin nothing more, and wait for what the threads are at."""
         self._has_more = False
         self._begun.clear()
         if self._pool is not None:

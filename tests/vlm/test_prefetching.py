@@ -5,32 +5,32 @@ import time
 
 import pytest
 
-from vlm.ahead import Ahead
+from vlm.prefetching import Prefetcher
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_results_come_in_order(workers):
-    with Ahead(lambda number: number**2, range(50), workers=workers, most=7) as ahead:
-        assert list(ahead) == [number**2 for number in range(50)]
-        assert ahead.is_over and list(ahead) == []
+    with Prefetcher(lambda number: number**2, range(50), workers=workers, most=7) as results:
+        assert list(results) == [number**2 for number in range(50)]
+        assert results.is_over and list(results) == []
 
 
 @pytest.mark.parametrize(("workers", "beforehand"), [(0, 1), (2, 3)])
 def test_items_are_taken_as_results_are(workers, beforehand):
     taken = []
-    with Ahead(str, (taken.append(number) or number for number in range(20)), workers=workers, most=3) as ahead:
-        assert not ahead.can_go_on and taken == []  # asking that takes nothing
+    with Prefetcher(str, (taken.append(number) or number for number in range(20)), workers=workers, most=3) as results:
+        assert not results.can_go_on and taken == []  # asking that takes nothing
         for number in range(5):
-            assert next(ahead) == str(number)
+            assert next(results) == str(number)
             assert len(taken) == number + 1 + beforehand
     assert len(taken) == 5 + beforehand  # nothing more when it is left
 
 
 def test_without_threads_nothing_is_made_before_it_is_asked_for():
     made = []
-    with Ahead(made.append, range(5), workers=0, most=3) as ahead:
-        assert not ahead.is_over and ahead.can_go_on and made == []
-        next(ahead)
+    with Prefetcher(made.append, range(5), workers=0, most=3) as results:
+        assert not results.is_over and results.can_go_on and made == []
+        next(results)
         assert made == [0]
 
 
@@ -42,11 +42,11 @@ def test_threads_work_while_nobody_asks():
         assert may_end.wait(20)
         return number
 
-    with Ahead(make, range(3), workers=1, most=2) as ahead:
-        assert not ahead.is_over
-        assert began.wait(20) and not ahead.can_go_on
+    with Prefetcher(make, range(3), workers=1, most=2) as results:
+        assert not results.is_over
+        assert began.wait(20) and not results.can_go_on
         may_end.set()
-        assert list(ahead) == [0, 1, 2]
+        assert list(results) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -55,14 +55,14 @@ def test_errors_come_where_the_result_would(workers):
         yield from (1, 0, 4)
         raise OSError("the list ends here")
 
-    with Ahead(lambda number: 4 / number, items(), workers=workers, most=8) as ahead:
-        assert next(ahead) == 4
+    with Prefetcher(lambda number: 4 / number, items(), workers=workers, most=8) as results:
+        assert next(results) == 4
         with pytest.raises(ZeroDivisionError):
-            next(ahead)
-        assert next(ahead) == 1
+            next(results)
+        assert next(results) == 1
         with pytest.raises(OSError, match="the list ends here"):
-            next(ahead)
-        assert list(ahead) == []
+            next(results)
+        assert list(results) == []
 
 
 def test_an_interrupt_is_not_kept_for_later():
@@ -70,8 +70,8 @@ def test_an_interrupt_is_not_kept_for_later():
         yield from range(3)
         raise KeyboardInterrupt
 
-    with Ahead(str, items(), workers=1, most=8) as ahead, pytest.raises(KeyboardInterrupt):
-        next(ahead)
+    with Prefetcher(str, items(), workers=1, most=8) as results, pytest.raises(KeyboardInterrupt):
+        next(results)
 
 
 def test_what_is_not_needed_now_is_not_waited_for():
@@ -82,27 +82,27 @@ def test_what_is_not_needed_now_is_not_waited_for():
         assert may_open.acquire(timeout=20)
         return number
 
-    with Ahead(opened, range(6), workers=1, most=6) as pictures, Ahead(str, pictures, workers=1, most=4) as prompts:
+    with Prefetcher(opened, range(6), workers=1, most=6) as pictures, Prefetcher(str, pictures, workers=1, most=4) as prompts:
         may_open.release()
         assert next(prompts) == "0"  # and not the four that there may be
-        assert not prompts.can_go_on and prompts.ready == 0 and not prompts.is_all_ready
+        assert not prompts.can_go_on and prompts.ready_count == 0 and not prompts.is_all_ready
         may_open.release(2)
         assert next(prompts) == "1"
         until = time.monotonic() + 20
-        while prompts.ready == 0 and time.monotonic() < until:
+        while prompts.ready_count == 0 and time.monotonic() < until:
             prompts.begin()
-        assert prompts.ready == 1 and prompts.can_go_on
+        assert prompts.ready_count == 1 and prompts.can_go_on
         may_open.release(3)
         assert [*prompts] == ["2", "3", "4", "5"] and prompts.is_over and prompts.is_all_ready
 
 
 def test_the_end_is_known_where_the_items_know_theirs():
     """The last prompts of an evaluation must not wait for more to come."""
-    with Ahead(str, range(2), workers=1, most=8) as pictures, Ahead(str, pictures, workers=1, most=8) as prompts:
+    with Prefetcher(str, range(2), workers=1, most=8) as pictures, Prefetcher(str, pictures, workers=1, most=8) as prompts:
         until = time.monotonic() + 20
         while not prompts.is_all_ready and time.monotonic() < until:
             prompts.begin() if prompts.can_begin else pictures.begin()
-        assert prompts.ready == 2 and not prompts.can_begin
+        assert prompts.ready_count == 2 and not prompts.can_begin
         assert [*prompts] == ["0", "1"] and prompts.can_go_on
 
 
@@ -113,18 +113,18 @@ def test_the_leading_results_are_counted():
         assert doors[number].wait(20)
         return number
 
-    with Ahead(make, range(4), workers=4, most=4) as ahead:
-        ahead.begin()
+    with Prefetcher(make, range(4), workers=4, most=4) as results:
+        results.begin()
         doors[1].set()
-        assert ahead.ready == 0
+        assert results.ready_count == 0
         doors[0].set()
         until = time.monotonic() + 20
-        while ahead.ready < 2 and time.monotonic() < until:
+        while results.ready_count < 2 and time.monotonic() < until:
             time.sleep(0.001)
-        assert ahead.ready == 2 and not ahead.is_all_ready
+        assert results.ready_count == 2 and not results.is_all_ready
         doors[2].set()
         doors[3].set()
-        assert [*ahead] == [0, 1, 2, 3]
+        assert [*results] == [0, 1, 2, 3]
 
 
 class Broken:
@@ -138,13 +138,13 @@ class Broken:
 
 
 def test_items_that_fail_are_not_asked_again():
-    with Ahead(str, Broken(), workers=1, most=4) as ahead:
+    with Prefetcher(str, Broken(), workers=1, most=4) as results:
         with pytest.raises(OSError, match="gone"):
-            next(ahead)
-        assert ahead.is_over
+            next(results)
+        assert results.is_over
 
 
 @pytest.mark.parametrize("settings", [{"workers": -1, "most": 1}, {"workers": 1, "most": 0}])
 def test_settings_check_themselves(settings):
     with pytest.raises(ValueError, match="expected"):
-        Ahead(str, (), **settings)
+        Prefetcher(str, (), **settings)
