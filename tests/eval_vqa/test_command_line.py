@@ -162,6 +162,13 @@ def test_limit_scores_what_was_asked_and_says_so(data, capsys):
     assert "not an official score" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--limit", "--batch"])
+def test_numbers_that_ask_for_nothing_are_refused_before_anything_is_opened(data, option, capsys):
+    assert run("vqav2", data, option, "0") == 2
+    assert f"{option} must be at least 1, found 0" in capsys.readouterr().err
+    assert not (data / "out").exists()
+
+
 def test_unreadable_images_give_exit_code_1_and_are_listed(data, capsys):
     (data / "vizwiz/val/2.jpg").unlink()
     assert run("vizwiz", data, "--on-missing", "blank") == 1
