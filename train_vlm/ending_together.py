@@ -3,8 +3,9 @@
     python train_vlm/ending_together.py PARENT COMMAND ...      COMMAND, killed by the kernel when its parent, process PARENT, ends
 
 A program started by us is tied to its parent by the kernel (Linux; elsewhere nothing happens). A rank has DeepSpeed's or torch's launcher
-above it, two processes deep, and those tie nothing: it keeps an eye on them itself, and on the quickstart that started them. A user's shell
-is no launcher: a run goes on when its terminal is closed.
+above it, two processes deep, and those tie nothing: it keeps an eye on them itself, and on the quickstart that started them. When one of
+them ends, the rank is asked to end (SIGTERM; in the middle of training it saves first, see stopping.py), and killed if it is still there
+after GRACE_SECONDS. A user's shell is no launcher: a run goes on when its terminal is closed.
 """
 
 import contextlib
@@ -15,11 +16,12 @@ import sys
 import threading
 import time
 
-__all__ = ["STARTED_BY", "end_with_launchers", "tied", "tied_to_parent"]
+__all__ = ["STARTED_BY", "end_with_launchers", "is_there", "launchers_above", "tied", "tied_to_parent"]
 
 STARTED_BY = "TRAIN_VLM_STARTED_BY"  # process id of the quickstart, for ranks below launchers
 PR_SET_PDEATHSIG = 1
 LOOK_SECONDS = 0.5
+GRACE_SECONDS = 120.0
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch")
 
 
@@ -39,19 +41,14 @@ def tied(command: tuple[str, ...]) -> tuple[str, ...]:
     return (sys.executable, "-S", os.path.abspath(__file__), str(os.getpid()), *command)
 
 
-def _launchers() -> list:
-    """What started this rank, as psutil's processes. Exits when the quickstart is gone already."""
+def launchers_above() -> list:
+    """The launchers that started this rank, the nearest first, as psutil's processes."""
     try:
         import psutil
     except ImportError:  # DeepSpeed brings it: without both there is a plan at most, or an error with the command that installs them
         return []
 
     found = []
-    if parent := os.environ.get(STARTED_BY):
-        try:
-            found.append(psutil.Process(int(parent)))
-        except psutil.NoSuchProcess:
-            sys.exit(1)
     with contextlib.suppress(psutil.Error):  # gone while it was asked
         for above in psutil.Process().parents():
             if not any(os.path.basename(word) in LAUNCHERS for word in above.cmdline()[:8]):
@@ -60,7 +57,20 @@ def _launchers() -> list:
     return found
 
 
-def _is_there(process) -> bool:
+def _quickstart_above() -> list:
+    """The quickstart that this rank belongs to, if any, as psutil's process. Exits when it is gone already."""
+    if not (parent := os.environ.get(STARTED_BY)):
+        return []
+    import psutil
+
+    try:
+        return [psutil.Process(int(parent))]
+    except psutil.NoSuchProcess:
+        sys.exit(1)
+
+
+def is_there(process) -> bool:
+    """Whether one of psutil's processes still runs."""
     import psutil
 
     try:
@@ -70,14 +80,16 @@ def _is_there(process) -> bool:
 
 
 def _look_after(launchers: list) -> None:
-    while all(map(_is_there, launchers)):
+    while all(map(is_there, launchers)):
         time.sleep(LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_with_launchers() -> None:
     """Called by a rank before anything slow is imported: a thread ends this process soon after one of its launchers has ended."""
-    if launchers := _launchers():
+    if launchers := [*_quickstart_above(), *launchers_above()]:
         threading.Thread(target=_look_after, args=(launchers,), daemon=True).start()
 
 

@@ -27,7 +27,8 @@ def _tell(stage: str, what: object) -> None:
 
 
 def run_program(stage: str, description: str, arguments: list[str] | None = None) -> int:
-    """Parse, check, train. Returns the exit code: 0, 2 for a wrong recipe or input, 3 for a run that failed."""
+    """Parse, check, train. Returns the exit code: 0; 2 for a wrong recipe or input; 3 for a run that failed; 4 for one that was asked to
+    end, and goes on with the same command; 130 for Ctrl-C before its first step."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe")
     parser.add_argument(
@@ -42,6 +43,9 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
     code = 1
     try:
         code = _run(stage, options)
+    except KeyboardInterrupt:
+        _tell(stage, "interrupted")
+        code = 130
     except Exception:  # said here, for a rank of several may not come back from its end
         traceback.print_exc()
         code = 1
@@ -63,12 +67,15 @@ def _run(stage: str, options: argparse.Namespace) -> int:
             print(plan_text(recipe))
             return 0
         from train_vlm.ranks import FailedElsewhereError
+        from train_vlm.stopping import AskedToStop
         from train_vlm.trainer import train
 
         try:
             train(recipe)
         except FailedElsewhereError:
             return 2
+        except AskedToStop:
+            return 4
         return 0
     except (ValueError, OSError, ImportError) as error:
         _tell(stage, error)

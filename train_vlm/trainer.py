@@ -30,6 +30,7 @@ from train_vlm.recipe import Recipe
 from train_vlm.resuming import SavePlan, checkpoint_content, checkpoints_of, mark_finished
 from train_vlm.run_lock import only_one
 from train_vlm.run_log import RunLog
+from train_vlm.stopping import AskedToStop, StopRequest, stopped_words
 from train_vlm.training_report import write_training_report
 from train_vlm.training_step import NotFiniteError, train_step
 
@@ -57,7 +58,7 @@ def train(recipe: Recipe) -> Path:
     """Run a recipe from its model folder to its output folder, or go on with it from its last checkpoint. Returns the output folder.
 
     Raises ValueError or FileNotFoundError for inputs that do not fit or an output folder that another process is writing to,
-    NotFiniteError for a loss or a gradient that is not finite.
+    NotFiniteError for a loss or a gradient that is not finite, AskedToStop when it was asked to end and has saved (stopping.py).
     """
     start_deepspeed(recipe)
     with contextlib.ExitStack() as held:
@@ -120,7 +121,9 @@ def _train(run: Prepared) -> None:
     # Dropout of the first step here must be that of the same step in a run that was not stopped: nothing may draw from here on.
     if run.random_states is not None:
         set_random_states(run.random_states)
+    asked = StopRequest()
     try:
+        asked.listen()
         place = progress.position(at.step)
         while place[0] < place[1]:
             # 1. Read.
@@ -137,7 +140,8 @@ def _train(run: Prepared) -> None:
             if run.fp8:
                 run.fp8.begin(at.step + 1)
             try:
-                done = train_step(engine, micro, tokens, run.processor, sources=len(ledger.names), clip=recipe.optimizer.clip, flag=is_due)
+                done = train_step(engine, micro, tokens, run.processor, sources=len(ledger.names), clip=recipe.optimizer.clip,
+                                  flags=lambda is_due=is_due: (is_due, asked.by is not None))  # fmt: skip
             except NotFiniteError as error:
                 raise NotFiniteError(_autopsy(run, recipe, micro, log_folder, error)) from error
             if run.watch is not None and tokens:
@@ -159,13 +163,14 @@ def _train(run: Prepared) -> None:
             # Under ZeRO-3 ranks wait for each other's weights within a forward pass: its time says nothing about one of them.
             accounts.add(micro, done.source_losses, waited, 0.0 if recipe.run.zero_stage == 3 else done.forward_seconds)
             times.append(time.monotonic() - begun)
+            is_due, is_asked = done.flags
             # 3. Tell, and look at what is not trained on.
             log.set_total(progress.expected_steps(at.step))
             log.advance()
             place = progress.position(at.step)  # asked here, so that the last step of a run in minutes is known as such, too
             is_last = place[0] >= place[1]
             every = recipe.run.heldout_every
-            looks = run.heldout is not None and (is_last or (every is not None and at.step % every == 0))
+            looks = run.heldout is not None and not is_asked and (is_last or (every is not None and at.step % every == 0))
             if at.step % recipe.run.log_every == 0 or is_last or looks:
                 line = {"loss": done.loss, "smooth_loss": at.smooth_loss, "supervised_tokens": tokens, "step_seconds": times[-1],
                         "gradient_norm": done.gradient_norm}  # fmt: skip
@@ -174,17 +179,24 @@ def _train(run: Prepared) -> None:
                 line |= {name: group["lr"] for (name, _, _), group in zip(run.calendars, run.optimizer.param_groups, strict=True)}
                 counted_before = ledger.table.clone()
                 log.record(at.step, line | (look() if looks else {}) | {"stream": ledger.stream})
-            # 4. Save.
-            if done.flagged:
+            # 4. Save, and end when asked to.
+            if is_due or (is_asked and saving.is_on):
                 save()
+            if is_asked and not is_last:
+                words = stopped_words(at.step, checkpoints_of(out) if saving.is_on else None, asked.by)
+                tell_all()
+                if rank == 0:
+                    print(words, flush=True)
+                torch.distributed.barrier()  # from here on no rank is missed: a launcher ends all when the first one has ended
+                raise AskedToStop(words)
         del batches
+        if saving.is_on and saving.last_step != at.step:  # first: what comes now takes minutes of a large model
+            save()
         if run.heldout is not None and final.get("heldout_step") != at.step:  # started again behind its last step
             log.record(at.step, look())
         if text:
             after = measure_perplexity(engine, text, run.processor)["perplexity"]
             final |= {"text_perplexity_before": at.text_perplexity, "text_perplexity": after}
-        if saving.is_on and saving.last_step != at.step:
-            save()
         weights = full_state_dict(engine, recipe.run.zero_stage)
         if rank == 0:
             save_trained(engine.module, run.processor, out, weights, merge=recipe.lora is None or recipe.lora.merge)
@@ -196,6 +208,7 @@ def _train(run: Prepared) -> None:
     finally:
         tell_all()
         engine.destroy()
+        asked.close()
     if rank == 0:
         waiting = 100 * at.waiting_seconds / max(at.spent_seconds, 1e-9)
         loss = "no loss" if at.smooth_loss is None else f"loss {at.smooth_loss:.3f}"

@@ -8,6 +8,7 @@ and without ZeRO the norm is looked at first.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +26,13 @@ class NotFiniteError(FloatingPointError):
 @dataclass(frozen=True)
 class StepResult:
     """loss: per supervised token, over all ranks; source_losses (S,) float64: sum over the supervised tokens of each source;
-    gradient_norm: before clipping; flagged: whether rank 0 raised the flag it was given; forward_seconds: of this rank's forward passes,
-    in which it waits for nobody but under ZeRO-3."""
+    gradient_norm: before clipping; flags: for each flag of the call, whether any rank raised it; forward_seconds: of this rank's forward
+    passes, in which it waits for nobody but under ZeRO-3."""
 
     loss: float
     source_losses: Tensor
     gradient_norm: float
-    flagged: bool
+    flags: tuple[bool, ...]
     forward_seconds: float = 0.0
 
 
@@ -87,16 +88,23 @@ def losses_by_source(output, batch: dict, sources: int) -> Tensor:
 
 
 def train_step(
-    engine, batches: list[dict], tokens: int, processor, *, sources: int = 1, clip: float = 1.0, flag: bool = False
+    engine,
+    batches: list[dict],
+    tokens: int,
+    processor,
+    *,
+    sources: int = 1,
+    clip: float = 1.0,
+    flags: Callable[[], tuple[bool, ...]] = tuple,
 ) -> StepResult:
     """One optimizer step over this rank's packed micro-batches.
 
-    `tokens`: supervised tokens of the step over all ranks and micro-batches. `flag`: something rank 0 wants all ranks to hear. Raises
-    NotFiniteError on every rank when loss or gradient is not finite.
+    `tokens`: supervised tokens of the step over all ranks and micro-batches. `flags`: asked at the end for what this rank wants all ranks
+    to hear, as many things on each. Raises NotFiniteError on every rank when loss or gradient is not finite.
     """
     device, ranks = engine.device, torch.distributed.get_world_size()
     dtype = engine.module.vision_encoder.weight_dtype
-    said = torch.zeros(sources + 1, dtype=torch.float64)
+    said = torch.zeros(sources, dtype=torch.float64)
     norm, clock = None, _Clock(device)
     for number, batch in enumerate(batches, 1):
         inputs = forward_inputs(batch, processor, device, dtype)
@@ -105,18 +113,17 @@ def train_step(
         clock.stop()
         # DeepSpeed divides gradients by ranks and by micro-batches; the sum over tokens is already divided by all of them.
         engine.backward(output.loss * (ranks * len(batches)))
-        said[:sources] += losses_by_source(output, batch, sources)
+        said += losses_by_source(output, batch, sources)
         if number == len(batches) and not engine.zero_optimization():
             # Without ZeRO the gradients are whole here: one pass gives the norm and clips.
             norm = torch.nn.utils.clip_grad_norm_([p for p in engine.module.parameters() if p.grad is not None], clip).item()
             if not math.isfinite(norm):
                 break
         engine.step()
-    said[sources] = float(flag)
-    said = sum_over_ranks(said, device)
+    said = sum_over_ranks(torch.cat([said, torch.tensor(flags(), dtype=torch.float64)]), device)
     if norm is None:
         norm = float(engine.get_global_grad_norm())
     loss = said[:sources].sum().item() / max(tokens, 1)
     if not math.isfinite(loss) or not math.isfinite(norm) or norm < 0:
         raise NotFiniteError(f"the loss is {loss} and the norm of the gradient {norm}")
-    return StepResult(loss, said[:sources], norm, bool(said[sources] > 0), clock.seconds())
+    return StepResult(loss, said[:sources], norm, tuple((said[sources:] > 0).tolist()), clock.seconds())

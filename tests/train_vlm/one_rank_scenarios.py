@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import warnings
 from dataclasses import replace
@@ -21,6 +22,7 @@ import train_vlm.preparing as preparing
 import train_vlm.trainer as training_loop
 from train_vlm.recipe import Data, Lora, Parts, Recipe, Run, Source
 from train_vlm.run_lock import lock_file
+from train_vlm.stopping import AskedToStop
 from train_vlm.trainer import train
 
 SETTINGS = {"steps": 5, "log_every": 1, "threads_per_rank": 1, "save_every_steps": 2, "save_every_minutes": None}
@@ -37,6 +39,52 @@ def with_dropout(base: Recipe, out: Path) -> dict:
     train(plain)
     weights = {Path(recipe.out).name: (Path(recipe.out) / "model.safetensors").read_bytes() for recipe in (whole, cut, told, plain)}
     return {name: content == weights["whole"] for name, content in weights.items()}
+
+
+def asked(recipe: Recipe, step: int, number: int = signal.SIGTERM) -> str:
+    """Start a run, or go on with it, and send a signal to its process and to those that read for it in the `step`-th step from there.
+    Returns what the run says at its end; "" when it ends by itself."""
+    real, calls = training_loop.train_step, []
+
+    def step_with_signal(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == step:
+            for reader in torch.multiprocessing.active_children():
+                os.kill(reader.pid, number)
+            os.kill(os.getpid(), number)
+        return real(*arguments, **keywords)
+
+    training_loop.train_step = step_with_signal
+    try:
+        train(recipe)
+    except AskedToStop as words:
+        return str(words)
+    finally:
+        training_loop.train_step = real
+    return ""
+
+
+def stopped_by_signals(base: Recipe, out: Path) -> dict:
+    """A run with dropout that is asked to end twice and gone on with, beside one that is left alone; one asked in its last step; one that
+    saves nothing. `said`, `saved`: what they said, and the checkpoints that were left."""
+    base = replace(base, lora=Lora(rank=4, dropout=0.2), data=replace(base.data, workers=1), run=replace(base.run, save_every_steps=100))
+    whole, cut, last, unsaved = (replace(base, out=str(out / name)) for name in ("whole", "cut", "last", "unsaved"))
+    unsaved = replace(unsaved, run=replace(unsaved.run, save_every_steps=None))
+    said, saved = [], []
+    handler = signal.getsignal(signal.SIGTERM)
+    train(whole)
+    for step, number in ((1, signal.SIGTERM), (2, signal.SIGINT)):
+        said.append(asked(cut, step, number))
+        saved.append(sorted(path.name for path in Path(f"{cut.out}.checkpoints").iterdir()))
+    summary = json.loads(Path(f"{cut.out}.log/summary.json").read_text())
+    train(cut)
+    said += [asked(last, 5), asked(unsaved, 2)]
+    return {
+        "said": said, "saved": saved, "steps": summary["steps"], "unsaved": Path(f"{unsaved.out}.checkpoints").exists(),
+        "equal": (out / "cut" / "model.safetensors").read_bytes() == (out / "whole" / "model.safetensors").read_bytes(),
+        "last": (out / "last" / "model.safetensors").read_bytes() == (out / "whole" / "model.safetensors").read_bytes(),
+        "restored": signal.getsignal(signal.SIGTERM) is handler,
+    }  # fmt: skip
 
 
 def computed_again(recipe: Recipe) -> dict:
@@ -137,6 +185,7 @@ def main(shards: str, model: str, out: str) -> None:
         data=Data(sources=(Source(shards),), batch_samples=4, workers=0, max_skipped_percent=50),
     )  # fmt: skip
     results = {"dropout": with_dropout(base, Path(out, "dropout"))}
+    results["asked"] = stopped_by_signals(base, Path(out, "asked"))
     results["computed_again"] = computed_again(replace(base, out=f"{out}/computed"))
     results["lock"] = locked(replace(base, out=f"{out}/locked"))
     torch.multiprocessing.set_start_method("forkserver", force=True)  # Python's default from 3.14 on: its readers must start all the same

@@ -51,6 +51,24 @@ def test_a_stopped_run_with_dropout_goes_on_to_the_last_bit(seen):
     assert not same["plain"]  # dropout does something here, so the comparison means something
 
 
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_to_the_last_bit(seen):
+    """A scheduler's SIGTERM ended it in the middle of a step, and its readers too: all since the last checkpoint had to be made again."""
+    found = seen[0]["asked"]
+    assert found["saved"] == [["step-00000001"], ["step-00000001", "step-00000003"]] and found["steps"] == 3
+    assert "asked to end (SIGTERM) after step 1, saved in" in found["said"][0] and "(Ctrl-C) after step 3" in found["said"][1]
+    assert found["equal"] and found["restored"]
+
+
+def test_asked_in_its_last_step_a_run_ends_as_always(seen):
+    found = seen[0]["asked"]
+    assert found["said"][2] == "" and found["last"]
+
+
+def test_a_run_without_checkpoints_says_that_nothing_is_saved(seen):
+    found = seen[0]["asked"]
+    assert "after step 2; nothing is saved, because run.save_every_steps" in found["said"][3] and not found["unsaved"]
+
+
 def test_measuring_the_peak_changes_no_step(seen):
     """run.peak_teraflops may change between two starts of one run."""
     assert seen[0]["dropout"]["told"]

@@ -146,3 +146,12 @@ def test_stages_too_short_for_a_line_in_their_log_do_not_fail_the_page(finished,
         (finished / f"{stage}.log" / "log.jsonl").write_text("")
     text = write_report(finished, {"scenes": {"seconds": 12.5, "peak_bytes": 2**30}}, minutes=1).read_text()
     assert ("No stage was long enough" in text) == (len(short) == 4)
+
+
+def test_ctrl_c_is_one_line_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train_vlm.quickstart.run_steps", interrupted)
+    assert main(["--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nquickstart: stopped; the same command goes on from here\n"

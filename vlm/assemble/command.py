@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 with one line on stderr."""
+    """Run the command; returns the exit status: 0, 2 with one line on stderr, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         if options.model or options.to_language_model:
@@ -61,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         print(f"assemble: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("assemble: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def _join(options: argparse.Namespace) -> int:
