@@ -72,7 +72,7 @@ def plan(out: Path, minutes: float, *, pictures: int, heldout: int, ranks: int, 
         Step(
             "shards",
             tuple((*python, "train_vlm.shards", "convert", "--llava", str(file), "--images", str(scenes / "train"), "--model",
-                   str(models["assembled"]), "--out", str(shards / file.stem)) for file in texts.values()),
+                   str(models["assembled"]), "--out", str(shards / file.stem), "--workers", "0") for file in texts.values()),
             tuple(shards / name / "summary.json" for name in texts),
             ("scenes", "assemble"),
         ),
@@ -153,6 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nquickstart: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     print_scores(options.out)
     print(
         f"\n{time.monotonic() - started:.0f} s. Report: {page}\n"

@@ -9,25 +9,31 @@ import json
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from train_vlm.conversations import has_answer
-from train_vlm.json_files import json_lines
 from train_vlm.plain_text import prepare_text
 from train_vlm.recipe import Source
+from train_vlm.sample_index import OpenFiles, SampleIndex
+from train_vlm.stopping import leave_signals_to_parent
 from vlm.processing import VLMProcessor
 from vlm.tiling import open_image
 
 __all__ = ["SampleStream", "ShardedSource", "blend_cycle", "worker_settings"]
 
 CYCLE = 1000
-OPEN_SHARDS = 64
+OPEN_FILES = 128  # shards and their indexes
 
 
 def worker_settings(workers: int) -> dict:
     """What a DataLoader is told of its worker processes. They are forked: what they read with cannot be pickled, which other ways of
     starting a process, Python's default from 3.14 on, would do; they touch no GPU."""
-    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "fork" if workers else None,
+        "worker_init_fn": leave_signals_to_parent if workers else None,
+    }
 
 
 def _image_members(entry: dict) -> list[str]:
@@ -44,35 +50,20 @@ class ShardedSource:
         shards = sorted(self.folder.glob("*.tar"))
         if not shards:
             raise FileNotFoundError(f"no shards in {folder}; make them by python -m train_vlm.shards convert")
-        self.entries: list[tuple[Path, dict]] = []
-        for shard in shards:
-            index = shard.with_suffix(".index.jsonl")
-            if not index.is_file():
-                raise ValueError(f"shard {shard} has no index {index.name}; write the shards again")
-            try:
-                self.entries += [(shard, json.loads(line)) for _, line in json_lines(index.read_text(encoding="utf-8"))]
-            except ValueError as error:
-                raise ValueError(f"index {index} is damaged ({error}); write the shards again") from error
-        found = len(self.entries)
-        if at_most_tiles is not None:
-            self.entries = [entry for entry in self.entries if sum(entry[1]["tiles"]) <= at_most_tiles]
-        self.left_out = found - len(self.entries)
+        self._files = OpenFiles(OPEN_FILES)
+        self.entries = SampleIndex(shards, self._files, at_most_tiles=at_most_tiles)
+        self.left_out = self.entries.left_out
+        found = len(self.entries) + self.left_out
         if not self.entries:
             raise ValueError(f"the shards in {folder} hold {found} samples, none of at most {at_most_tiles} tiles")
         self.skipped = self._checked_summary(found)["skipped"]
-        self._files: OrderedDict[Path, io.BufferedReader] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def close(self) -> None:
         """Close the shards; the next read opens them again."""
-        for file in getattr(self, "_files", {}).values():
-            file.close()
-        self._files = OrderedDict()
-
-    def __del__(self):
-        self.close()
+        self._files.close()
 
     def _checked_summary(self, found: int) -> dict:
         """summary.json, which a conversion writes last. `found`: samples in the indexes."""
@@ -94,13 +85,7 @@ class ShardedSource:
         return counts | {f"{reason} when the shards were written": count for reason, count in self.skipped.items()}
 
     def _read(self, shard: Path, place: list[int]) -> bytes:
-        if shard not in self._files:
-            if len(self._files) >= OPEN_SHARDS:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = open(shard, "rb")  # noqa: SIM115 (kept open between samples)
-        file = self._files[shard]
-        file.seek(place[0])
-        content = file.read(place[1])
+        content = self._files.read(shard, *place)
         if len(content) != place[1]:
             raise ValueError(f"shard {shard} is truncated: {len(content)} of {place[1]} bytes at {place[0]}")
         return content
@@ -169,12 +154,12 @@ class SampleStream(torch.utils.data.Dataset):
             self.rank_in_cycle.append(counts[source])
             counts[source] += 1
         self.per_cycle = counts
-        self._orders: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
+        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def locate(self, position: int) -> tuple[int, int]:
         """(source, sample number) at a position of the stream."""
         source, epoch, within = self._place(position)
-        return source, self._order(source, epoch)[within]
+        return source, int(self._order(source, epoch)[within])
 
     def _place(self, position: int) -> tuple[int, int, int]:
         cycle, place = divmod(position, len(self.cycle))
@@ -189,15 +174,15 @@ class SampleStream(torch.utils.data.Dataset):
         while len(found) < wanted:
             source, epoch, within = self._place(position)
             if epoch == 0:
-                found.append((source, self._order(source, 0)[within]))
+                found.append((source, int(self._order(source, 0)[within])))
             position += 1
         return found
 
-    def _order(self, source: int, epoch: int) -> list[int]:
+    def _order(self, source: int, epoch: int) -> np.ndarray:
         key = (source, epoch)
         if key not in self._orders:
             generator = torch.Generator().manual_seed(hash((self.seed, source, epoch)) & 0x7FFFFFFFFFFFFFFF)
-            self._orders[key] = torch.randperm(len(self.sources[source]), generator=generator).tolist()
+            self._orders[key] = torch.randperm(len(self.sources[source]), generator=generator).numpy()
             while len(self._orders) > 2 * len(self.sources):
                 self._orders.popitem(last=False)
         return self._orders[key]
@@ -209,12 +194,13 @@ class SampleStream(torch.utils.data.Dataset):
         what a sample costs.
         """
         source, number = self.locate(position)
-        entry, limit = self.sources[source].entries[number][1], self.settings[source].max_tiles
+        index, limit = self.sources[source].entries, self.settings[source].max_tiles
         a_tile = self.processor.visual_tokens_per_tile + 1  # and its tag
-        tiles = entry["tiles"] if limit is None else [min(count, limit + (limit > 1)) for count in entry["tiles"]]
-        tokens = entry["tokens"] - a_tile * (sum(entry["tiles"]) - sum(tiles))
+        whole, tokens = index.tiles(number), int(index.tokens[number])
+        tiles = whole if limit is None else [min(count, limit + (limit > 1)) for count in whole]
+        tokens -= a_tile * (sum(whole) - sum(tiles))
         taken = min(max(0, -(-(tokens - self.max_tokens) // a_tile)), sum(tiles) - len(tiles))
-        found = {"tiles": sum(tiles) - taken, "tokens": tokens - taken * a_tile, "supervised_tokens": entry["supervised_tokens"]}
+        found = {"tiles": sum(tiles) - taken, "tokens": tokens - taken * a_tile, "supervised_tokens": int(index.supervised_tokens[number])}
         return found if found["tokens"] <= self.max_tokens else dict.fromkeys(found, 0)
 
     def __getitem__(self, position: int) -> dict:

@@ -15,10 +15,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from train_vlm.conversations import from_llava, has_answer
 from train_vlm.messages_files import from_messages
+from train_vlm.reading import worker_settings
 from vlm.files import write_whole
 from vlm.processing import VLMProcessor
 from vlm.tiling import open_image
@@ -76,9 +78,44 @@ def _reason(error: Exception) -> str:
     return "image broken" if "readable image" in words else "nothing supervised" if words.startswith("nothing supervised") else "malformed"
 
 
-def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Path, *, samples_per_shard: int = 2000) -> dict:
+class _Measured(torch.utils.data.Dataset):
+    """Number of a sample -> what its shard will hold: {"content", "pictures" [(name, bytes)], "tiles", "tokens", "supervised_tokens"}, or
+    (reason, words) for an unusable one."""
+
+    def __init__(self, samples: list[dict], images: Path, processor: VLMProcessor):
+        self.samples, self.images, self.processor = samples, images, processor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> dict | tuple[str, str]:
+        sample = self.samples[number]
+        try:
+            content, pictures = _read(sample, self.images)
+            sizes = [open_image(named).size for named in pictures]
+            if "text" in content:
+                tiles, tokens = [], len(self.processor.renderer.render_text(content["text"]).input_ids)
+                supervised = tokens - 1
+            else:
+                tiles, tokens, supervised = measure_sample(content["messages"], sizes, self.processor)
+            if not supervised or not ("text" in content or has_answer(content["messages"])):
+                raise ValueError("nothing supervised: no assistant text")
+        except (ValueError, FileNotFoundError) as error:
+            return _reason(error), f"sample {sample.get('id', number) if isinstance(sample, dict) else number}: {error}"
+        named = [(picture.name, picture.getvalue()) for picture in pictures]
+        return {"content": content, "pictures": named, "tiles": tiles, "tokens": tokens, "supervised_tokens": supervised}
+
+
+def _as_it_is(item):
+    return item
+
+
+def convert(
+    samples: list[dict], images: Path, processor: VLMProcessor, out: Path, *, samples_per_shard: int = 2000, workers: int = 0
+) -> dict:
     """Samples -> shards and indexes in `out`: LLaVA's ("conversations"), messages (messages_files.py), or plain text ("text"). Unusable
-    ones are left out and counted by reason.
+    ones are left out and counted by reason. Pictures are decoded, which finds the broken ones, in `workers` processes; the files are the
+    same whatever their number.
 
     Returns {"samples", "shards", "skipped": {reason: count}, "examples": {reason: first sample}, "tokens", "tiles", "seconds"}. Raises
     ValueError when no sample is usable, ImportError without webdataset.
@@ -103,34 +140,29 @@ def convert(samples: list[dict], images: Path, processor: VLMProcessor, out: Pat
         write_whole(shard.with_suffix(".index.jsonl"), _index_of(shard, facts))
 
     temporary = out / ".shard.tar.partial"
-    for number, sample in enumerate(tqdm(samples, desc="shards", unit="sample", leave=False, disable=None)):
-        try:
-            content, pictures = _read(sample, images)
-            sizes = [open_image(named).size for named in pictures]
-            if "text" in content:
-                tiles, tokens = [], len(processor.renderer.render_text(content["text"]).input_ids)
-                supervised = tokens - 1
-            else:
-                tiles, tokens, supervised = measure_sample(content["messages"], sizes, processor)
-            if not supervised or not ("text" in content or has_answer(content["messages"])):
-                raise ValueError("nothing supervised: no assistant text")
-        except (ValueError, FileNotFoundError) as error:
-            skipped[reason := _reason(error)] += 1
-            examples.setdefault(reason, f"sample {sample.get('id', number) if isinstance(sample, dict) else number}: {error}")
+    found = torch.utils.data.DataLoader(
+        _Measured(samples, images, processor), batch_size=None, collate_fn=_as_it_is, **worker_settings(workers)
+    )
+    for number, measured in enumerate(tqdm(found, desc="shards", unit="sample", leave=False, disable=None)):
+        if isinstance(measured, tuple):
+            reason, words = measured
+            skipped[reason] += 1
+            examples.setdefault(reason, words)
             continue
+        sample, tiles = samples[number], measured["tiles"]
         if writer is None:
             shard, facts = out / f"shard-{totals['shards']:06d}.tar", {}
             writer = webdataset.TarWriter(str(temporary), mtime=0)
         key = f"{number:09d}"
-        members = {"__key__": key, "json": json.dumps({"id": str(sample.get("id", number))} | content).encode()}
-        for place, picture in enumerate(pictures):
-            suffix = Path(picture.name).suffix.lower()
+        members = {"__key__": key, "json": json.dumps({"id": str(sample.get("id", number))} | measured["content"]).encode()}
+        for place, (name, picture) in enumerate(measured["pictures"]):
+            suffix = Path(name).suffix.lower()
             suffix = suffix if suffix not in ("", ".gz") else ".img"  # webdataset would compress what it takes for .gz
-            members[f"{place}{suffix}"] = picture.getvalue()
+            members[f"{place}{suffix}"] = picture
         writer.write(members)
-        digest = hashlib.sha256(members["json"] + b"".join(picture.getvalue() for picture in pictures)).hexdigest()
-        facts[key] = {"tiles": tiles, "tokens": tokens, "supervised_tokens": supervised, "sha256": digest}
-        totals.update(samples=1, tokens=tokens, tiles=sum(tiles))
+        digest = hashlib.sha256(members["json"] + b"".join(picture for _, picture in measured["pictures"])).hexdigest()
+        facts[key] = {name: measured[name] for name in ("tiles", "tokens", "supervised_tokens")} | {"sha256": digest}
+        totals.update(samples=1, tokens=measured["tokens"], tiles=sum(tiles))
         if len(facts) == samples_per_shard:
             close()
             writer = None

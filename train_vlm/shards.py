@@ -11,6 +11,7 @@ line each: key, place of each member (offset and size in bytes), tiles, tokens a
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -50,9 +51,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     check.add_argument("--max-tokens", type=int, default=4096, help="longest sample of the run to come (default 4096)")
     check.add_argument("--max-tiles", type=int, help="limit per image of the run to come, without the thumbnail")
-    check.add_argument("--workers", type=int, default=2, help="reading processes (default 2)")
     for command in (make, check):
         command.add_argument("--model", required=True, metavar="DIR", help="model folder whose processor counts tiles and tokens")
+        command.add_argument(
+            "--workers",
+            type=int,
+            default=min(8, os.cpu_count() or 1),
+            help="processes that decode pictures; 0: this one (default: up to 8)",
+        )
         command.add_argument("--max-skipped-percent", type=float, default=1.0, help="more unusable samples than this is an error")
     return parser.parse_args(arguments)
 
@@ -89,7 +95,8 @@ def _convert(options: argparse.Namespace) -> None:
     samples = None if options.text else _samples(options)  # a malformed file is told before anything is loaded
     processor = _processor(options.model)
     samples = _samples(options, processor) if samples is None else samples
-    summary = convert(samples, Path(options.images or "."), processor, Path(options.out), samples_per_shard=options.samples_per_shard)
+    summary = convert(samples, Path(options.images or "."), processor, Path(options.out), samples_per_shard=options.samples_per_shard,
+                      workers=options.workers)  # fmt: skip
     for reason, count in summary["skipped"].items():
         print(f"skipped {count} samples, {reason}; first: {summary['examples'][reason]}", file=sys.stderr)
     share = 100 * sum(summary["skipped"].values()) / len(samples)
@@ -110,7 +117,7 @@ def _processor(folder: str) -> VLMProcessor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done; 1 `check` found too many faults or images of an evaluation set; 2 bad input."""
+    """Exit codes: 0 done; 1 `check` found too many faults or images of an evaluation set; 2 bad input; 130 Ctrl-C."""
     options = _options(arguments)
     try:
         if options.command == "convert":
@@ -125,6 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"shards: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"shards: {options.command} interrupted; it begins anew", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -128,10 +128,15 @@ def test_the_index_points_at_the_bytes_and_hashes_them(tmp_path, images, tiny_pr
 
 
 def test_shards_are_the_same_every_time(tmp_path, images, tiny_processor):
-    """No time stamp, no user name: two machines write the same bytes."""
-    for name in ("a", "b"):
-        convert(GOOD, images, tiny_processor, tmp_path / name)
-    assert (tmp_path / "a" / "shard-000000.tar").read_bytes() == (tmp_path / "b" / "shard-000000.tar").read_bytes()
+    """No time stamp, no user name, whatever number of processes decodes the pictures: two machines write the same bytes."""
+    bad = {"id": "bad", "image": "nowhere.png", "conversations": GOOD[0]["conversations"]}
+    found = {}
+    for workers in (0, 0, 2):
+        place = tmp_path / f"{workers} {len(found)}"
+        summary = convert([bad, *GOOD, *GOOD, bad], images, tiny_processor, place, samples_per_shard=4, workers=workers)
+        found[place] = summary | {"seconds": 0}, {path.name: path.read_bytes() for path in place.glob("shard-*")}
+    first, *others = found.values()
+    assert len(first[1]) == 6 and first[0]["skipped"] == {"image missing": 2} and all(other == first for other in others)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
@@ -228,3 +233,14 @@ def test_the_command_names_a_missing_model(tmp_path, images, capsys):
 
 def test_more_unusable_samples_can_be_accepted(tmp_path, images, tiny_folder):
     assert run(tmp_path, images, tiny_folder, [BAD["image missing"], *GOOD], "--max-skipped-percent", "20") == 0
+
+
+def test_ctrl_c_is_one_line(tmp_path, images, tiny_folder, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train_vlm.shards.convert", interrupted)
+    (tmp_path / "samples.json").write_text(json.dumps(GOOD[:1]))
+    assert main(["convert", "--llava", str(tmp_path / "samples.json"), "--images", str(images), "--model", str(tiny_folder), "--out",
+                 str(tmp_path / "out")]) == 130  # fmt: skip
+    assert capsys.readouterr().err == "shards: convert interrupted; it begins anew\n"
