@@ -8,7 +8,8 @@ offloading puts optimizer and shared gradients, and with "all" the weights, into
 Beside it: the inputs of blocks that activation checkpointing keeps, and under ZeRO-3 the weights gathered for the blocks at work. Not
 here, but for the reserve taken off every card: activations inside a block, communication buffers, CUDA's own memory.
 
-At its start every rank has the whole model in the machine's memory; onto its card it goes parameter by parameter (engine_start.py).
+At the start the whole model is read on every machine, as pages of its files that the ranks share where nothing has to be cast; onto the
+cards it goes parameter by parameter (engine_start.py).
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ WAYS = ((0, None), (1, None), (2, None), (3, None), (1, "optimizer"), (2, "optim
 @dataclass(frozen=True)
 class MemoryRow:
     """Bytes of one rank: weights, gradients and optimizer on its card, gathered weights, and host: what is offloaded. whole: the model's
-    weights, which the machine holds once for each rank, at the start."""
+    weights, which are read at the start."""
 
     zero_stage: int
     offload: str | None

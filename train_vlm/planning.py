@@ -155,7 +155,10 @@ def _memory_lines(recipe: Recipe, model: VisionLanguageModel, work: StepWork) ->
         words = ", ".join(map(str, fits)) if fits else f"none up to {CARDS_GB[-1]}"
         lines.append(f"{row.name:<28}{cells}  {words}{chosen}")
     whole, here = row.whole / GIB, min(plan.cards, CARDS_A_MACHINE)
-    lines.append(f"at the start every rank reads the whole model: {here * whole:.1f} GiB in the memory of a machine of {here}")
+    lines.append(
+        f"at the start the ranks of a machine share the pages of the model's files, {whole:.1f} GiB; what is not {recipe.run.precision} "
+        f"there is cast by each rank, {here * whole:.1f} GiB on a machine of {here}"
+    )
     saved = checkpoint_bytes(trained, precision=recipe.run.precision, kind=recipe.optimizer.kind) / GIB
     lines.append(f"a checkpoint: {saved:.1f} GiB on disk; up to {recipe.run.keep + 1} at a time: {(recipe.run.keep + 1) * saved:.1f} GiB")
     if recipe.run.zero_stage == 3 and plan.cards > 1:

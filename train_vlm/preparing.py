@@ -145,7 +145,10 @@ def prepare(recipe: Recipe) -> Prepared | None:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     recipe.deepspeed_config(ranks)  # whether the batch divides, before a model is read
     torch.manual_seed(recipe.run.seed)
-    model, processor = load_model(recipe.model, dtype=torch.bfloat16 if recipe.run.precision == "bfloat16" else torch.float32)
+    # Weights that leave for a card, or for the other ranks, are no memory of each rank's: eight times 94 GB of 47 billion parameters.
+    leave = trains_on_gpu() or recipe.run.zero_stage == 3
+    precision = torch.bfloat16 if recipe.run.precision == "bfloat16" else torch.float32
+    model, processor = load_model(recipe.model, dtype=precision, mapped=leave)
     if keeps_float32(recipe):
         widen_kept(model)
     reading = {"seed": recipe.run.seed, "max_tokens": recipe.data.max_tokens}

@@ -4,8 +4,8 @@ Every encoder family and the decoder start from files that others wrote: one saf
 `.bin` files. What goes wrong there (a shard that was not downloaded, a truncated file, a config of another model) must stop the
 run with one sentence that says what to do. That is why the strictness lives here, once, and not in each family.
 
-Tensors from safetensors are views of the mapped file. `assign_weights` copies what it keeps: a parameter that still points into a
-file would crash the process when that file is overwritten.
+Tensors from safetensors are views of the mapped file. `assign_weights` copies what it keeps, if it is not told otherwise: a parameter that
+still points into a file would crash the process when that file is overwritten.
 """
 
 import json
@@ -148,11 +148,12 @@ def assign_weights(
     source: str | Path,
     convert: Callable[[str, Tensor], Tensor] | None = None,
     may_be_absent: Callable[[str], bool] | None = None,
+    mapped: bool = False,
 ) -> None:
     """Replace each parameter and persistent buffer of `module` by the tensor of the same name, with the tensor's own dtype.
 
     Works on a module built on the meta device, so that nothing is allocated twice. `convert(name, tensor)` may change dtype or
-    device; `may_be_absent(name)` excuses a missing key. Every tensor is copied.
+    device; `may_be_absent(name)` excuses a missing key. Every tensor is copied; with `mapped`, parameters stay as they are in their file.
 
     Raises ValueError listing the keys that are missing, unexpected, or of another shape; `module` is then partly filled: drop it.
     """
@@ -169,7 +170,8 @@ def assign_weights(
             mismatched.append(f"{name} (file {tuple(tensor.shape)}, model {tuple(expected[name].shape)})")
             continue
         converted = tensor if convert is None else convert(name, tensor)
-        _set_tensor(module, name, converted.clone() if converted is tensor else converted)
+        stays = mapped and isinstance(expected[name], nn.Parameter)
+        _set_tensor(module, name, converted.clone() if converted is tensor and not stays else converted)
     missing = [name for name in expected if name not in seen and not (may_be_absent and may_be_absent(name))]
     raise_on_key_mismatch(source, missing=missing, unexpected=unexpected, mismatched=mismatched)
 

@@ -42,11 +42,14 @@ BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_READ_AGAIN_BYTES = 4 * 10**9  # of weights given apart, which are read again for the golden pack
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device=None) -> tuple[VisionLanguageModel, VLMProcessor]:
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device=None, mapped: bool = False
+) -> tuple[VisionLanguageModel, VLMProcessor]:
     """Model (in eval mode) and processor of a folder saved by `save_model` or `save_pretrained`.
 
     Each weight keeps the dtype it has in the file. With `dtype` all float weights are cast to it, but A_log, D, dt_bias and the experts'
-    score correction are never made narrower than in the file.
+    score correction are never made narrower than in the file. With `mapped`, parameters that need no cast and no other device stay pages
+    of their files, which all processes of a machine share: for a model whose weights soon go elsewhere. Until then the files must stay.
 
     Raises FileNotFoundError when the folder is not there and ValueError when it is no checkpoint of this toolkit or its weights do not
     fit: missing, unexpected and mismatched keys are listed.
@@ -65,7 +68,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device=N
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         if kind != VLMConfig.model_type:
             raise ValueError(f"its config.json is that of a model of type {kind!r}, not {VLMConfig.model_type!r}")
-        model = _build(VLMConfig.from_pretrained(folder), folder, dtype, device)
+        model = _build(VLMConfig.from_pretrained(folder), folder, dtype, device, mapped)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         processor = VLMProcessor.from_pretrained(folder)
@@ -77,20 +80,20 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None, device=N
     return model.eval(), processor
 
 
-def _build(config: VLMConfig, folder: Path, dtype: torch.dtype | None, device) -> VisionLanguageModel:
+def _build(config: VLMConfig, folder: Path, dtype: torch.dtype | None, device, mapped: bool = False) -> VisionLanguageModel:
     # 1. The model without storage; nothing is drawn.
     with torch.device("meta"):
         model = VisionLanguageModel(config)
 
     # 2. Every tensor of the files in its place.
     def convert(name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(device=device or "cpu", dtype=loaded_dtype(name, tensor.dtype, dtype), copy=True)
+        return tensor.to(device=device or "cpu", dtype=loaded_dtype(name, tensor.dtype, dtype))
 
     experts = config.text_config.n_routed_experts
     named = to_module_names(iterate_tensors(find_weight_files(folder)), experts, source=folder, prefix=DECODER)
     tied = bool(config.text_config.tie_word_embeddings)
     head = f"{DECODER}lm_head.weight"
-    assign_weights(model, named, source=folder, convert=convert, may_be_absent=lambda name: tied and name == head)
+    assign_weights(model, named, source=folder, convert=convert, may_be_absent=lambda name: tied and name == head, mapped=mapped)
     if tied:
         model.language_model.lm_head.weight = model.language_model.model.embeddings.weight
 

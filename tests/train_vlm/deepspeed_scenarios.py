@@ -18,6 +18,7 @@ from cut_short import train_until
 from PIL import Image
 from poison import Poison
 
+import train_vlm.preparing as preparing
 import train_vlm.trainer as training_loop
 import vlm.loss as loss
 from projector import Projector
@@ -201,22 +202,26 @@ def cut_and_whole(bench: Bench, folder: Path, shards: str, model: str, **setting
 
 
 def moved_whole(bench: Bench, folder: Path, shards: str, model: str) -> dict:
-    """By stage of ZeRO, how often a run puts its whole model onto the device."""
-    kind, found = type(bench.model), {}
-    real, moved = kind.to, []
+    """By stage of ZeRO: how often a run puts its whole model onto the device, and whether its weights were read as pages of their file."""
+    kind, found, mapped = type(bench.model), {}, []
+    real, moved, real_load = kind.to, [], preparing.load_model
 
     def watched(self, *arguments, **settings):
         moved.append(arguments)
         return real(self, *arguments, **settings)
 
-    kind.to = watched
+    def load(*arguments, **settings):
+        mapped.append(settings["mapped"])
+        return real_load(*arguments, **settings)
+
+    kind.to, preparing.load_model = watched, load
     try:
         for stage in (2, 3):
             moved.clear()
             train(run_recipe(folder / f"moved{stage}", shards, model, steps=1, zero_stage=stage, save_every_steps=None))
-            found[stage] = len(moved)
+            found[stage] = [len(moved), mapped[-1]]
     finally:
-        kind.to = real
+        kind.to, preparing.load_model = real, real_load
     return found
 
 

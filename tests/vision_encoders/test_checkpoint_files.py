@@ -71,6 +71,18 @@ def test_assigned_weights_keep_their_dtype_and_gradient_setting():
     assert module.weight.tolist() == [2.0] * 3
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_mapped_parameters_are_what_was_given_and_buffers_are_copies(mapped):
+    """Running statistics are written in place: into a file's page, whose process dies with the file."""
+    with torch.device("meta"):
+        module = nn.BatchNorm1d(3)
+    given = {name: torch.full(tensor.shape, 2, dtype=tensor.dtype) for name, tensor in module.state_dict().items()}
+    assign_weights(module, given.items(), source="here", mapped=mapped)
+    kept = {name for name, tensor in module.state_dict().items() if tensor.data_ptr() == given[name].data_ptr()}
+    assert kept == ({"weight", "bias"} if mapped else set())
+    assert all(torch.equal(tensor, given[name]) for name, tensor in module.state_dict().items())
+
+
 def test_every_kind_of_mismatch_is_listed():
     module = nn.Linear(2, 3)
     with pytest.raises(ValueError, match="in here do.*1 missing: bias; 1 unexpected: b; 1 of another shape: weight \\(file \\(3, 3"):

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +145,28 @@ def test_shards_are_read_too(changed, tmp_path):
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     model, _ = load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), changed[0].state_dict().values(), strict=True))
+
+
+def of_files(tensors: dict[str, torch.Tensor], folder) -> set[str]:
+    """Which of the tensors are pages of a file in the folder."""
+    pages = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder) in line:
+            pages.append(tuple(int(number, 16) for number in line.split()[0].split("-")))
+    return {name for name, tensor in tensors.items() if any(start <= tensor.data_ptr() < end for start, end in pages)}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux where a tensor lies")
+def test_mapped_parameters_are_pages_of_their_file(changed, tmp_path):
+    """Eight ranks that each copied a model of 94 GB would need more memory than a machine has."""
+    folder = save_model(*changed, tmp_path / "mapped")
+    model, _ = load_model(folder, mapped=True)
+    tensors = dict(model.state_dict())
+    assert of_files(tensors, folder) == {name for name, _ in model.named_parameters()}
+    assert all(torch.equal(tensor, changed[0].state_dict()[name]) for name, tensor in tensors.items())
+    cast, _ = load_model(folder, mapped=True, dtype=torch.bfloat16)
+    assert {name.rpartition(".")[2] for name in of_files(dict(cast.state_dict()), folder)} == set(SCAN_PARAMETERS)
+    assert not of_files(dict(load_model(folder)[0].state_dict()), folder)
 
 
 SCAN_PARAMETERS = ("A_log", "D", "dt_bias")
