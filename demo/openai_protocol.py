@@ -1,15 +1,15 @@
 """OpenAI's chat completions as plain values: what a request asks for, and the replies, chunks and errors in their shape.
 
-No web framework and no engine at work here, so that each rule is a line a test can reach. What this server cannot do (tools, log
-probabilities, JSON mode, ...) is refused by name, and so is a setting nobody knows: an answer that ignores what was asked for looks right
-and is not.
+No web framework and no engine at work here, so that each rule is a line a test can reach. What this server cannot do (tools, JSON
+mode, ...) is refused by name, and so is a setting nobody knows: an answer that ignores what was asked for looks right and is not.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vlm.engine import Answer, Request
+from vlm.engine import Answer, Request, TokenLogprobs
+from vlm.engine.request import MOST_LOGPROBS
 
 from .sent_pictures import open_sent_picture
 
@@ -19,12 +19,12 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
 MOST_STOPS = 4
 READ = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options",
-        "chat_template_kwargs")  # fmt: skip
+        "logprobs", "top_logprobs", "chat_template_kwargs")  # fmt: skip
 # Accepted and without effect on an answer.
 IDLE = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 # Of what is not supported, the values that ask for nothing; clients send them as a matter of form.
 NEUTRAL = {
-    "logprobs": (False,), "top_logprobs": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],),
     "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (), "reasoning_effort": (), "verbosity": (),
 }  # fmt: skip
@@ -86,6 +86,7 @@ def read_request(content: bytes, name: str, limits: Limits) -> Asked:
         "top_p": top_p or 1.0,
         "stop": _stop(body),
         "thinking": _thinking(body),
+        "logprobs": _logprobs(body),
     }
     try:
         requests = tuple(Request(**settings, seed=None if seed is None else seed + place) for place in range(choices))
@@ -152,6 +153,15 @@ def _thinking(body: dict) -> bool | None:
     return options.get("enable_thinking")
 
 
+def _logprobs(body: dict) -> int | None:
+    top = _number(body, "top_logprobs", int, None, 0, MOST_LOGPROBS)
+    if _flag(body, "logprobs"):
+        return top or 0
+    if top:
+        raise ProtocolError(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
+    return None
+
+
 def _messages(messages) -> list[dict]:
     """Messages for the engine, their pictures opened."""
     if not isinstance(messages, list) or not messages:
@@ -196,13 +206,21 @@ def usage(answers: Sequence[Answer]) -> dict:
     return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said, "prompt_tokens_details": details}
 
 
-def completion(head: dict, answers: Sequence[Answer]) -> dict:
-    """The reply to a request without `stream`. head: id, created and model, the same in every chunk of a reply."""
+Describe = Callable[[Sequence[TokenLogprobs]], list[dict]]
+
+
+def _told(logprobs: Sequence[TokenLogprobs] | None, describe: Describe | None) -> dict | None:
+    return None if logprobs is None else {"content": describe(logprobs), "refusal": None}
+
+
+def completion(head: dict, answers: Sequence[Answer], describe: Describe | None = None) -> dict:
+    """The reply to a request without `stream`. head: id, created and model, the same in every chunk of a reply. describe: puts tokens and
+    their log-probabilities into words; may be None where no request asked for them."""
     choices = [
         {
             "index": place,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": _told(answer.logprobs, describe),
             "finish_reason": FINISH_REASONS[answer.stop_reason],
         }
         for place, answer in enumerate(answers)
@@ -210,11 +228,21 @@ def completion(head: dict, answers: Sequence[Answer]) -> dict:
     return {**head, "object": "chat.completion", "choices": choices, "usage": usage(answers)}
 
 
-def chunk(head: dict, place: int | None, *, piece: str | None = None, answer: Answer | None = None, first: bool = False) -> dict:
-    """One event of a stream: the beginning of a choice, a piece of its text, or its end. place None: no choice (the usage at the end)."""
+def chunk(
+    head: dict,
+    place: int | None,
+    *,
+    piece: str | None = None,
+    answer: Answer | None = None,
+    first: bool = False,
+    logprobs: Sequence[TokenLogprobs] | None = None,
+    describe: Describe | None = None,
+) -> dict:
+    """One event of a stream: the beginning of a choice, a piece of its text, or its end, with what is told of tokens since the one before.
+    place None: no choice (the usage at the end)."""
     delta = {"role": "assistant", "content": ""} if first else {} if piece is None else {"content": piece}
     finish = None if answer is None else FINISH_REASONS[answer.stop_reason]
-    choices = [] if place is None else [{"index": place, "delta": delta, "logprobs": None, "finish_reason": finish}]
+    choices = [] if place is None else [{"index": place, "delta": delta, "logprobs": _told(logprobs, describe), "finish_reason": finish}]
     return {**head, "object": "chat.completion.chunk", "choices": choices}
 
 

@@ -39,6 +39,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), metavar="TEXT",
                         help=f"what clients must send as their key (default: the environment variable {KEY_VARIABLE}; without it no key is "
                         "needed)")  # fmt: skip
+    parser.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN",
+                        help="an origin (https://example.org), or *, whose web pages may talk to this server; repeatable")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer a client may ask for (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, help="most answers decoded together, where memory allows (default: the engine's 128)")
     parser.add_argument(
@@ -118,15 +120,21 @@ class Desk:
         self._threads.shutdown()
 
 
-def build_app(engine, name: str, limits=None, *, api_key: str | None = None, most_open: int = MOST_OPEN):
-    """The FastAPI app that serves `engine` as the model `name`. limits: a demo.openai_protocol.Limits."""
+def build_app(engine, name: str, limits=None, *, api_key: str | None = None, most_open: int = MOST_OPEN, origins: Sequence[str] = ()):
+    """The FastAPI app that serves `engine` as the model `name`. limits: a demo.openai_protocol.Limits; origins: of web pages that browsers
+    let talk to it."""
     from fastapi import FastAPI, Request
+    from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
 
     from demo.openai_protocol import Limits, ProtocolError, chunk, completion, model_entry, read_request, unknown_model, usage
+    from demo.token_logprobs import describe_tokens
 
     limits, desk, started = limits or Limits(), Desk(engine, most_open), int(time.time())
+
+    def describe(told) -> list[dict]:
+        return describe_tokens(told, engine.processor.tokenizer)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -147,6 +155,8 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
                 desk.leave(self.tickets)
 
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
 
     @app.exception_handler(ProtocolError)
     async def told(request: Request, error: ProtocolError):
@@ -185,8 +195,14 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
         def event(content: dict) -> str:
             return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
-        def part(*place, **what) -> str:
-            return event(chunk(head, *place, **what) | ({"usage": None} if include_usage else {}))
+        sent = [0] * len(tickets)  # tokens of each that have been told of
+
+        def part(place: int, **what) -> str:
+            if (logprobs := tickets[place].logprobs) is not None:
+                logprobs = logprobs[sent[place] :]
+                sent[place] += len(logprobs)
+            what |= {"logprobs": logprobs, "describe": describe}
+            return event(chunk(head, place, **what) | ({"usage": None} if include_usage else {}))
 
         queue = desk.read_along(tickets)
         for place in range(len(tickets)):
@@ -226,7 +242,7 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
             desk.leave(tickets)
         if failed := next((answer.error for answer in answers if answer.error is not None), None):
             raise ProtocolError(500, failed)
-        return JSONResponse(completion(head, answers))
+        return JSONResponse(completion(head, answers, describe))
 
     @app.get("/v1/models")
     async def models(request: Request):
@@ -272,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             name = args.name or args.model.resolve().name
             limits = Limits(most_new_tokens=args.max_new_tokens)
-            app = build_app(engine, name, limits, api_key=args.api_key or None, most_open=args.max_open)
+            app = build_app(engine, name, limits, api_key=args.api_key or None, most_open=args.max_open, origins=args.allow_origin)
             print(f"{name} at {address(args.host, listener)}/v1  (Ctrl-C ends it)", flush=True)
             serve_app(app, listener)
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -47,6 +47,15 @@ def test_settings_reach_the_engine():
     assert read(top_p=0).requests[0].temperature == 0.0
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 5}, 5),
+     ({"logprobs": False, "top_logprobs": 0}, None)],
+)  # fmt: skip
+def test_log_probabilities_are_told_when_they_are_asked_for(body, expected):
+    assert read(**body).requests[0].logprobs == expected
+
+
 def test_messages_become_the_engines(tmp_path):
     picture = Image.new("RGB", (3, 2), (255, 0, 0))
     parts = [{"type": "image_url", "image_url": {"url": data_url(picture), "detail": "high"}}, {"type": "text", "text": "what?"}]
@@ -60,7 +69,7 @@ def test_messages_become_the_engines(tmp_path):
 @pytest.mark.parametrize(
     "body",
     [
-        {"tools": [{"type": "function"}]}, {"logprobs": True}, {"top_logprobs": 2}, {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function"}]}, {"top_logprobs": 2}, {"response_format": {"type": "json_object"}},
         {"presence_penalty": 0.5}, {"logit_bias": {"5": 1}}, {"audio": {}}, {"top_k": 3}, {"max_token": 5}, {"logprobs": 1},
     ],
 )  # fmt: skip
@@ -72,8 +81,8 @@ def test_what_is_not_supported_or_not_known_is_refused_by_name(body):
 
 
 def test_what_clients_send_as_a_matter_of_form_is_accepted():
-    read(logprobs=False, presence_penalty=0, frequency_penalty=0.0, tools=[], tool_choice="auto", response_format={"type": "text"},
-         user="u", metadata={"a": "b"}, store=False, logit_bias={}, functions=None)  # fmt: skip
+    read(logprobs=False, top_logprobs=0, presence_penalty=0, frequency_penalty=0.0, tools=[], tool_choice="auto",
+         response_format={"type": "text"}, user="u", metadata={"a": "b"}, store=False, logit_bias={}, functions=None)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -82,7 +91,9 @@ def test_what_clients_send_as_a_matter_of_form_is_accepted():
         ({"max_tokens": 0}, "max_tokens is 0; expected a whole number from 1 to 1024"), ({"max_tokens": True}, "max_tokens is True"),
         ({"max_tokens": 10**9}, "from 1 to 1024"), ({"max_tokens": 5, "max_completion_tokens": 5}, "expected one of them"),
         ({"temperature": 2.5}, "a number from 0 to 2"), ({"temperature": float("nan")}, "is nan"), ({"top_p": -1}, "top_p is -1"),
-        ({"n": 0}, "n is 0"), ({"n": 17}, "from 1 to 16"), ({"seed": 1.5}, "seed is 1.5"), ({"stop": list("abcde")}, "at most 4"),
+        ({"n": 0}, "n is 0"), ({"n": 17}, "from 1 to 16"), ({"seed": 1.5}, "seed is 1.5"),
+        ({"logprobs": True, "top_logprobs": 21}, "from 0 to 20"), ({"top_logprobs": 1}, "without logprobs: true"),
+        ({"stop": list("abcde")}, "at most 4"),
         ({"stop": [1]}, "stop is"), ({"stream": "yes"}, "expected true or false"), ({"n": "1"}, "n is '1'"),
         ({"stream_options": 1}, "stream_options"),
         ({"stream_options": {"include_usage": True}}, "without stream"), ({"chat_template_kwargs": {"x": 1}}, "enable_thinking"),

@@ -113,6 +113,46 @@ def test_a_stream_says_the_same_piece_by_piece(port):
     assert len({event["id"] for event in found}) == 1 and found[0]["choices"][0]["delta"]["role"] == "assistant"
 
 
+def test_log_probabilities_are_the_engines_in_openais_shape(port, engine):
+    """Whole and in a stream, where each comes once; an unasked one not at all."""
+    tokenizer = engine.processor.tokenizer
+    expected = engine.generate([Request(body()["messages"], max_new_tokens=8, temperature=1.0, seed=3, logprobs=2)])[0]
+    settings = {"temperature": 1.0, "seed": 3, "logprobs": True, "top_logprobs": 2}
+    told = ask(port, **settings)["choices"][0]["logprobs"]["content"]
+    assert [entry["logprob"] for entry in told] == pytest.approx([one.logprob for one in expected.logprobs], abs=1e-5)
+    words = [bytes(entry["bytes"]) for entry in told if entry["token"] not in tokenizer.get_added_vocab()]
+    assert b"".join(words).decode(errors="replace").removeprefix(" ") == expected.text
+    for entry, one in zip(told, expected.logprobs, strict=True):
+        assert entry["token"] == bytes(entry["bytes"]).decode(errors="replace") and len(entry["top_logprobs"]) == 2
+        assert [best["logprob"] for best in entry["top_logprobs"]] == pytest.approx([logprob for _, logprob in one.top], abs=1e-5)
+        assert [best["token"].removeprefix(" ") for best in entry["top_logprobs"]] == [tokenizer.decode([token]) for token, _ in one.top]
+    streamed = events(call(port, body(stream=True, **settings))[1])[:-1]
+    assert [entry for event in streamed for entry in event["choices"][0]["logprobs"]["content"]] == told
+    assert ask(port)["choices"][0]["logprobs"] is None
+    assert all(event["choices"][0]["logprobs"] is None for event in events(call(port, body(stream=True))[1])[:-1])
+
+
+def test_web_pages_of_allowed_origins_may_ask(engine, port):
+    """A browser asks first whether it may, without the key; without --allow-origin nobody's page may."""
+    first = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+    def asked(number, method, origin, content=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", number, timeout=60)
+        connection.request(method, "/v1/chat/completions", content, first | {"Origin": origin} | headers)
+        reply = connection.getresponse()
+        reply.read()
+        connection.close()
+        return reply.status, reply.headers.get("Access-Control-Allow-Origin")
+
+    with served(engine, origins=["https://a.example"], api_key="k") as open_port:
+        assert asked(open_port, "OPTIONS", "https://a.example") == (200, "https://a.example")
+        assert asked(open_port, "OPTIONS", "https://b.example") == (400, None)
+        sent = json.dumps(body()).encode()
+        assert asked(open_port, "POST", "https://a.example", sent, Authorization="Bearer k") == (200, "https://a.example")
+        assert asked(open_port, "POST", "https://a.example", sent) == (401, "https://a.example")  # or a page could not read why
+    assert asked(port, "OPTIONS", "https://a.example") == (405, None)
+
+
 def test_errors_have_openais_shape_and_their_status(port):
     for status, content in (
         call(port, body(temperature=9)), call(port, b"{"), call(port, body(words="word " * 3000)), call(port, body(stream=True, n=0)),

@@ -9,7 +9,9 @@ Letters: R rows, V vocabulary, K most probable tokens.
 import torch
 from torch import Tensor
 
-__all__ = ["choose_tokens", "draw_tokens"]
+from .request import TokenLogprobs
+
+__all__ = ["choose_tokens", "draw_tokens", "told_logprobs"]
 
 MOST_PROBABLE = 1024
 """Tokens among which the `top_p` ones are looked for before all of a row is sorted."""
@@ -70,3 +72,20 @@ def choose_tokens(logits: Tensor, tickets: list) -> list[int | None]:
         for row, token in zip(drawn, found, strict=True):
             tokens[row] = token
     return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
+
+
+def told_logprobs(logits: Tensor, tokens: list[int | None], tickets: list) -> list[TokenLogprobs | None]:
+    """logits (R, V), the tokens chosen from them, and whose they are -> what a ticket that asks is told of its token, None for others."""
+    told: list[TokenLogprobs | None] = [None] * len(tickets)
+    rows = [row for row, ticket in enumerate(tickets) if tokens[row] is not None and ticket.request.logprobs is not None]
+    if not rows:
+        return told
+    device = logits.device
+    scores = logits[torch.tensor(rows, device=device)].double().log_softmax(-1)
+    own = scores.gather(1, torch.tensor([[tokens[row]] for row in rows], device=device)).squeeze(1).tolist()
+    most = min(max(tickets[row].request.logprobs for row in rows), logits.shape[-1])
+    best, order = (part.tolist() for part in scores.topk(most))
+    for place, row in enumerate(rows):
+        count = tickets[row].request.logprobs
+        told[row] = TokenLogprobs(tokens[row], own[place], tuple(zip(order[place][:count], best[place][:count], strict=True)))
+    return told

@@ -13,7 +13,8 @@ from ..decoder.serving import ServingDecoder
 from ..decoder.slots import Slots
 from .memory import StateCost, rounded_span
 from .prefill import Prefill
-from .sampling import choose_tokens
+from .request import TokenLogprobs
+from .sampling import choose_tokens, told_logprobs
 from .ticket import Ticket
 from .wave import Wave, by_id, shared_prefix_tokens
 
@@ -162,6 +163,7 @@ class Scheduler:
             left = self._reserve(wave)
             logits = self.prefill.read(wave, self.slots, rows, left)
             tokens = self.choose(logits, wave)
+            told = told_logprobs(logits, tokens, wave)
         except Exception as error:  # out of memory, a tile that cannot be encoded: the others go on
             self._scrub(rows)
             if len(wave) > 1:
@@ -178,7 +180,7 @@ class Scheduler:
         for ticket in wave:
             ticket.prompt.pixels, ticket.begun = None, None  # a caller may hold the ticket for long
         self.running += wave
-        self._take(wave, tokens)
+        self._take(wave, tokens, told)
 
     def _scrub(self, rows: list[int]) -> None:
         """Rows that reading has half written."""
@@ -221,12 +223,13 @@ class Scheduler:
             logits = self.prefill.mask(run(tokens, self.slots, span, even=min(counts) == span - 1))
             self.slots.advance(list(range(len(running))), [1] * len(running))
             chosen = self.choose(logits, running)
+            told = told_logprobs(logits, chosen, running)
         except BaseException as error:
             self._fail_running(error)
             if not isinstance(error, Exception):
                 raise
             return
-        self._take(running, chosen)
+        self._take(running, chosen, told)
 
     def _fail_running(self, error: BaseException) -> None:
         """Their rows are half written: none of them can go on."""
@@ -239,9 +242,9 @@ class Scheduler:
         """The next token of each; apart so that tests can speak for the model."""
         return choose_tokens(logits, tickets)
 
-    def _take(self, tickets: list[Ticket], tokens: list[int | None]) -> None:
-        for ticket, token in zip(tickets, tokens, strict=True):
-            ticket.take(token)
+    def _take(self, tickets: list[Ticket], tokens: list[int | None], told: list[TokenLogprobs | None]) -> None:
+        for ticket, token, words in zip(tickets, tokens, told, strict=True):
+            ticket.take(token, words)
         self._release()
 
     def _release(self) -> None:

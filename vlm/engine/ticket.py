@@ -9,7 +9,7 @@ import torch
 from ..decoder.slots import Slots
 from ..thinking import THINK_OPEN, decode_answer
 from .prompt import Prompt
-from .request import Answer, Request
+from .request import Answer, Request, TokenLogprobs
 
 __all__ = ["Begun", "Ticket"]
 
@@ -36,6 +36,7 @@ class Ticket:
         self.said: list[int] = []
         self.text = ""
         self.scores: dict[str, float] | None = None
+        self.logprobs: list[TokenLogprobs] | None = None if request.logprobs is None else []
         self.answer: Answer | None = None
         self.is_cancelled = False
         self.shared_tokens = 0
@@ -95,14 +96,16 @@ class Ticket:
     def admit(self) -> None:
         self._admitted = self._admitted or time.monotonic()
 
-    def take(self, token: int | None) -> bool:
-        """Add a token; True when the request is over. None: the model gave no numbers."""
+    def take(self, token: int | None, told: TokenLogprobs | None = None) -> bool:
+        """Add a token, and what is told of it; True when the request is over. None: the model gave no numbers."""
         self._first = self._first or time.monotonic()
         if token is None:
             return self.fail("the model gave numbers that are not finite; check its weights and dtype")
         if token == self._end_id:
             return self.finish("end")
         self.said.append(token)
+        if told is not None:
+            self.logprobs.append(told)
         if self.request.stop or self._is_read_along:
             text = self._decoded()
             ends = [text.index(stop) for stop in self.request.stop if stop and stop in text]
@@ -140,6 +143,7 @@ class Ticket:
             shared_tokens=self.shared_tokens,
             waited_seconds=admitted - self._submitted,
             first_token_seconds=(self._first or now) - admitted,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
         )
         return True
 
