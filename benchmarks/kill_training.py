@@ -5,7 +5,8 @@
 
 The quickstart's recipe on a few scenes, one rank and its reading process. The run is started again and again and killed: one time in five
 in its start-up, one in five while a checkpoint is being written, else a random time after a random number of new steps; each time all of
-its processes. Then it is left alone. Beside the weights, the account of what was read, the hash over the stream of samples and the loss of
+its processes. One time in five it is not killed but asked to end (SIGTERM), and must do so with exit code 4 and a checkpoint of its last
+step. Then it is left alone. Beside the weights, the account of what was read, the hash over the stream of samples and the loss of
 every step are compared. At last, what one of the kills left behind goes on with two ranks: the hash must be the same, the losses near.
 """
 
@@ -127,7 +128,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 def kill_once(work: Path, number: int, most_new_steps: float, start_up_seconds: float, generator: random.Random) -> dict:
     """Start the run and kill it; what was seen."""
-    moment = generator.choices(("start-up", "saving", "training"), (1, 1, 3))[0]
+    moment = generator.choices(("start-up", "saving", "training", "asked"), (1, 1, 2, 1))[0]
     before, began = steps_of(work, "killed"), time.monotonic()
     target, delay = before + generator.uniform(1, most_new_steps), generator.uniform(0, LONGEST_DELAY_SECONDS)
     process = start(work, "killed")
@@ -139,16 +140,18 @@ def kill_once(work: Path, number: int, most_new_steps: float, start_up_seconds: 
         while process.poll() is None:
             now = steps_of(work, "killed")
             fresh = fresh or now < before or now > before or number == 0
-            if fresh and now >= target and (moment == "training" or is_saving(work, "killed")):
+            if fresh and now >= target and (moment != "saving" or is_saving(work, "killed")):
                 break
             time.sleep(0.004)
-        time.sleep(delay if moment == "training" else delay / 20)
+        time.sleep(delay / 20 if moment == "saving" else delay)
     if process.poll() is not None:
         raise SystemExit(f"kill_training: the run ended by itself, with {process.returncode}; take more steps or fewer kills")
     caught_saving = moment != "start-up" and is_saving(work, "killed")  # what an earlier kill left is cleared away in the start-up
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(LONGEST_SECONDS)
+    os.killpg(process.pid, signal.SIGTERM if moment == "asked" else signal.SIGKILL)
+    code = process.wait(LONGEST_SECONDS)
     folders = sorted(path.name for path in (work / "killed.checkpoints").glob("step-*")) if (work / "killed.checkpoints").is_dir() else []
+    if moment == "asked" and (code != 4 or folders[-1:] != [f"step-{steps_of(work, 'killed'):08d}"]):
+        raise SystemExit(f"kill_training: asked to end at step {steps_of(work, 'killed')}, it ended with {code} and saved {folders}")
     return {"moment": moment, "after_seconds": round(time.monotonic() - began, 2), "step": steps_of(work, "killed"),
             "newest_checkpoint": folders[-1] if folders else None, "while_saving": caught_saving}  # fmt: skip
 

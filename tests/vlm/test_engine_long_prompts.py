@@ -56,7 +56,8 @@ def test_others_say_a_token_after_each_part(engine, alone, monkeypatch):
     monkeypatch.setitem(TOKENS_A_STEP, "cpu", 40)
     end, take = engine.processor.renderer.end_of_turn_id, Ticket.take
     tickets = [engine.submit(first)]
-    monkeypatch.setattr(tickets[0], "take", lambda token: take(tickets[0], 50 if token == end else token))  # it never ends by itself
+    # It never ends by itself.
+    monkeypatch.setattr(tickets[0], "take", lambda token, told: take(tickets[0], 50 if token == end else token, told))
     engine.step()
     submitted = time.monotonic()
     tickets += [engine.submit(long), engine.submit(last)]
