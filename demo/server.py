@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -27,6 +28,7 @@ __all__ = ["build_app", "main"]
 KEY_VARIABLE = "NEMOTRON_H_VISION_API_KEY"
 MOST_BODY_BYTES = 64 * 2**20
 MOST_OPEN = 256  # answers waiting or under way; each has a thread that mostly sleeps
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+(?<!:80)(?<!:443)")
 LOOK_SECONDS = 0.25  # between two looks whether a client without a stream is still there
 
 
@@ -129,12 +131,10 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
     from starlette.exceptions import HTTPException
 
     from demo.openai_protocol import Limits, ProtocolError, chunk, completion, model_entry, read_request, unknown_model, usage
-    from demo.token_logprobs import describe_tokens
+    from demo.token_logprobs import TokenWords
 
     limits, desk, started = limits or Limits(), Desk(engine, most_open), int(time.time())
-
-    def describe(told) -> list[dict]:
-        return describe_tokens(told, engine.processor.tokenizer)
+    describe = TokenWords(engine.processor.tokenizer).describe
 
     @asynccontextmanager
     async def lifespan(app):
@@ -155,8 +155,6 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
                 desk.leave(self.tickets)
 
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
 
     @app.exception_handler(ProtocolError)
     async def told(request: Request, error: ProtocolError):
@@ -180,6 +178,9 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
             raise ProtocolError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key")
 
     async def read_body(request: Request) -> bytes:
+        # Without this any page could ask in its visitor's name: browsers send what they take for a form without asking first.
+        if "origin" in request.headers and "application/json" not in request.headers.get("content-type", ""):
+            raise ProtocolError(415, "a request from a web page needs Content-Type: application/json")
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
@@ -199,7 +200,8 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
 
         def part(place: int, **what) -> str:
             if (logprobs := tickets[place].logprobs) is not None:
-                logprobs = logprobs[sent[place] :]
+                # OpenAI's own client counts twice what comes with the first event of a choice.
+                logprobs = [] if what.get("first") else logprobs[sent[place] :]
                 sent[place] += len(logprobs)
             what |= {"logprobs": logprobs, "describe": describe}
             return event(chunk(head, place, **what) | ({"usage": None} if include_usage else {}))
@@ -242,7 +244,10 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
             desk.leave(tickets)
         if failed := next((answer.error for answer in answers if answer.error is not None), None):
             raise ProtocolError(500, failed)
-        return JSONResponse(completion(head, answers, describe))
+        if answers[0].logprobs is None:
+            return JSONResponse(completion(head, answers))
+        # Megabytes for long answers: in a thread, or all streams stand still meanwhile.
+        return await asyncio.to_thread(lambda: JSONResponse(completion(head, answers, describe)))
 
     @app.get("/v1/models")
     async def models(request: Request):
@@ -260,7 +265,10 @@ def build_app(engine, name: str, limits=None, *, api_key: str | None = None, mos
     async def health():
         return {"status": "ok", "model": name, "open": len(desk.tickets), "golden": engine.golden_note}
 
-    return app
+    if not origins:
+        return app
+    # Around all of it, or a page could not read the errors that nobody expected.
+    return CORSMiddleware(app, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=("Retry-After",))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -271,6 +279,11 @@ def main(arguments: list[str] | None = None) -> int:
         for option in ("max_new_tokens", "max_batch", "max_open"):
             if getattr(args, option) is not None and getattr(args, option) < 1:
                 raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; expected at least 1")
+        for origin in args.allow_origin:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--allow-origin is {origin!r}; expected * or scheme://host[:port] as browsers send it: small letters, no path"
+                )
         with reserve_port(args.host, args.port) as listener:
             import torch
 

@@ -19,7 +19,7 @@ pytest.importorskip("uvicorn", reason="needs the demo extra")
 
 from demo.openai_protocol import Limits
 from demo.opening import reserve_port
-from demo.server import build_app, main
+from demo.server import ORIGIN, build_app, main
 
 SERVER = Path(__file__).parents[2] / "demo" / "server.py"
 
@@ -126,10 +126,77 @@ def test_log_probabilities_are_the_engines_in_openais_shape(port, engine):
         assert entry["token"] == bytes(entry["bytes"]).decode(errors="replace") and len(entry["top_logprobs"]) == 2
         assert [best["logprob"] for best in entry["top_logprobs"]] == pytest.approx([logprob for _, logprob in one.top], abs=1e-5)
         assert [best["token"].removeprefix(" ") for best in entry["top_logprobs"]] == [tokenizer.decode([token]) for token, _ in one.top]
-    streamed = events(call(port, body(stream=True, **settings))[1])[:-1]
-    assert [entry for event in streamed for entry in event["choices"][0]["logprobs"]["content"]] == told
+    streamed = [event["choices"][0]["logprobs"]["content"] for event in events(call(port, body(stream=True, **settings))[1])[:-1]]
+    again = [entry for part in streamed for entry in part]
+    assert [entry["bytes"] for entry in again] == [entry["bytes"] for entry in told] and len(streamed) > 4
+    assert [entry["logprob"] for entry in again] == pytest.approx([entry["logprob"] for entry in told], abs=1e-5)
     assert ask(port)["choices"][0]["logprobs"] is None
     assert all(event["choices"][0]["logprobs"] is None for event in events(call(port, body(stream=True))[1])[:-1])
+
+
+def test_nothing_is_told_with_the_first_event_of_a_choice(port, engine, monkeypatch):
+    """OpenAI's own client counts it twice. Others keep the engine stepping, so that the first choice has spoken before the last asks."""
+    real, spoke = engine.submit, []
+
+    def submit(request):
+        ticket = real(request)
+        wait_until(lambda: ticket.logprobs)
+        spoke.append(len(ticket.logprobs))
+        return ticket
+
+    running = engine.submit(Request(body("go on")["messages"], max_new_tokens=4000))
+    thread = threading.Thread(target=running.result)
+    thread.start()
+    monkeypatch.setattr(engine, "submit", submit)
+    try:
+        found = events(call(port, body(n=3, logprobs=True, stream=True))[1])[:-1]
+    finally:
+        running.cancel()
+        thread.join()
+    first = [event["choices"][0]["logprobs"]["content"] for event in found if event["choices"][0]["delta"].get("role")]
+    told = [sum(len(event["choices"][0]["logprobs"]["content"]) for event in found if event["choices"][0]["index"] == place)
+            for place in range(3)]  # fmt: skip
+    assert len(spoke) == 3 and first == [[]] * 3 and told == [8] * 3
+
+
+def test_an_error_nobody_expected_reaches_a_page_too(engine, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("no memory")
+
+    with served(engine, origins=["https://a.example"]) as number:
+        monkeypatch.setattr(engine, "submit", fail)
+        connection = http.client.HTTPConnection("127.0.0.1", number, timeout=60)
+        sent = {"Origin": "https://a.example", "Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body()), sent)
+        reply = connection.getresponse()
+        assert reply.status == 500 and reply.headers["Access-Control-Allow-Origin"] == "https://a.example"
+        assert json.loads(reply.read())["error"]["type"] == "server_error"
+        connection.close()
+
+
+def test_a_page_cannot_ask_in_its_visitor_s_name(port):
+    """Browsers send text/plain to any address without asking it first."""
+    sent = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
+    status, content = call(port, body(), headers=sent)
+    assert status == 415 and "application/json" in json.loads(content)["error"]["message"]
+    assert (
+        call(port, body(), headers=sent | {"Content-Type": "application/json; charset=utf-8"})[0] == 200
+    )  # asked first, and refused there
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://a.example/", "a.example", "https://A.example", "https://a.example:443", "", "https://a.example/x"]
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin, capsys):
+    assert main(["--model", "nowhere", "--allow-origin", origin]) == 2
+    assert f"--allow-origin is {origin!r}; expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "null", "https://a.example", "http://localhost:3000", "http://[::1]:8080", "chrome-extension://abc"]
+)
+def test_origins_as_browsers_send_them_are_taken(origin):
+    assert ORIGIN.fullmatch(origin)
 
 
 def test_web_pages_of_allowed_origins_may_ask(engine, port):
@@ -138,7 +205,9 @@ def test_web_pages_of_allowed_origins_may_ask(engine, port):
 
     def asked(number, method, origin, content=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", number, timeout=60)
-        connection.request(method, "/v1/chat/completions", content, first | {"Origin": origin} | headers)
+        connection.request(
+            method, "/v1/chat/completions", content, first | {"Origin": origin, "Content-Type": "application/json"} | headers
+        )
         reply = connection.getresponse()
         reply.read()
         connection.close()

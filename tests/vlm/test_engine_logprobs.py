@@ -1,10 +1,16 @@
 """Log-probabilities of the tokens said: those of the plain model read over prompt and answer, for each request its own."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engine_requests import PICTURES, ask
 
+import vlm.engine.sampling as sampling
+import vlm.engine.scheduler as scheduler
 from vlm.engine import Engine, Request
+from vlm.engine.sampling import told_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,70 @@ def test_asking_for_them_changes_no_answer(engine):
     settings = {"temperature": 0.9, "seed": 7}
     found = [engine.generate([ask("what?", PICTURES[0], logprobs=told, **settings)])[0].tokens for told in (None, 0, 5)]
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("how", ["stop", "end", "cancel"])
+def test_one_for_each_token_however_the_answer_ends(engine, how):
+    """The last token of an answer that a stop text ends is one of them; the end of a turn is none."""
+    request = ask("what?", PICTURES[0], logprobs=1, max_new_tokens=12, **({"stop": ("e",)} if how == "stop" else {}))
+    (whole,) = engine.generate([ask("what?", PICTURES[0], max_new_tokens=12)])
+    if how == "stop":
+        letters = next(letter for letter in whole.text[2:] if letter.strip() and letter not in whole.text[:2])
+        request = replace(request, stop=(letters,))
+    real, ticket = engine._scheduler.choose, engine.submit(request)
+    if how == "end":
+        says = iter([50, 51, 52, engine.processor.renderer.end_of_turn_id])
+        engine._scheduler.choose = lambda logits, tickets: [next(says) for _ in tickets]
+    try:
+        if how == "cancel":
+            for _ in range(4):
+                engine.step()
+            ticket.cancel()
+        answer = ticket.result()
+    finally:
+        engine._scheduler.choose = real
+    assert answer.stop_reason == {"cancel": "cancelled"}.get(how, how) and 0 < len(answer.tokens) < 12
+    assert tuple(one.token for one in answer.logprobs) == answer.tokens
+
+
+def test_of_equals_the_one_that_was_said_comes_first():
+    """Half precision has many; topk takes others than the choice does."""
+    logits = torch.zeros(3, 40, dtype=torch.bfloat16)
+    logits[:, 7:30] = 2.0
+    asked = [SimpleNamespace(request=SimpleNamespace(logprobs=count)) for count in (0, 1, 4)]
+    tokens = [20, 20, 29]
+    for one, token, count in zip(told_logprobs(logits, tokens, asked), tokens, (0, 1, 4), strict=True):
+        assert one.token == token and len(one.top) == count and len({best for best, _ in one.top}) == count
+        assert not count or one.top[0] == (token, one.logprob)
+
+
+def test_slices_of_rows_change_nothing(monkeypatch):
+    logits = torch.randn(11, 50, generator=torch.Generator().manual_seed(0))
+    asked = [SimpleNamespace(request=SimpleNamespace(logprobs=None if row == 4 else row % 4)) for row in range(11)]
+    tokens = [None if row == 6 else row for row in range(11)]
+    together = told_logprobs(logits, tokens, asked)
+    monkeypatch.setattr(sampling, "ROWS_TOLD_TOGETHER", 2)
+    assert told_logprobs(logits, tokens, asked) == together and [row for row in range(11) if together[row] is None] == [4, 6]
+
+
+@pytest.mark.parametrize("said", [0, 2, 7])
+def test_no_memory_for_them_costs_nobody_else_an_answer(engine, monkeypatch, said):
+    """And a drawn answer stays that of its seed. Behind the prompt, amid an answer, at its last token."""
+    settings = {"temperature": 1.0, "seed": 3}
+    expected = engine.generate([ask("what?", PICTURES[0], **settings)])[0].tokens
+
+    def fail(logits, tokens, tickets):
+        if any(ticket.request.logprobs is not None and len(ticket.said) == said for ticket in tickets):
+            raise RuntimeError("out of memory")
+        return real(logits, tokens, tickets)
+
+    real = scheduler.told_logprobs
+    monkeypatch.setattr(scheduler, "told_logprobs", fail)
+    found = engine.generate(
+        [ask("what?", PICTURES[0], **settings), ask("and?", logprobs=1, max_new_tokens=8), ask("what?", PICTURES[0], **settings)]
+    )
+    assert found[1].error == "RuntimeError: out of memory" and found[1].stop_reason == "error"
+    assert found[0].tokens == expected == found[2].tokens
 
 
 def test_they_are_there_when_their_piece_of_text_is(engine):

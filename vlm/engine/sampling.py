@@ -13,6 +13,7 @@ from .request import TokenLogprobs
 
 __all__ = ["choose_tokens", "draw_tokens", "told_logprobs"]
 
+ROWS_TOLD_TOGETHER = 8  # of log-probabilities: a megabyte a row, of 131,072 words
 MOST_PROBABLE = 1024
 """Tokens among which the `top_p` ones are looked for before all of a row is sorted."""
 
@@ -77,15 +78,17 @@ def choose_tokens(logits: Tensor, tickets: list) -> list[int | None]:
 def told_logprobs(logits: Tensor, tokens: list[int | None], tickets: list) -> list[TokenLogprobs | None]:
     """logits (R, V), the tokens chosen from them, and whose they are -> what a ticket that asks is told of its token, None for others."""
     told: list[TokenLogprobs | None] = [None] * len(tickets)
-    rows = [row for row, ticket in enumerate(tickets) if tokens[row] is not None and ticket.request.logprobs is not None]
-    if not rows:
-        return told
-    device = logits.device
-    scores = logits[torch.tensor(rows, device=device)].double().log_softmax(-1)
-    own = scores.gather(1, torch.tensor([[tokens[row]] for row in rows], device=device)).squeeze(1).tolist()
-    most = min(max(tickets[row].request.logprobs for row in rows), logits.shape[-1])
-    best, order = (part.tolist() for part in scores.topk(most))
-    for place, row in enumerate(rows):
-        count = tickets[row].request.logprobs
-        told[row] = TokenLogprobs(tokens[row], own[place], tuple(zip(order[place][:count], best[place][:count], strict=True)))
+    asking = [row for row, ticket in enumerate(tickets) if tokens[row] is not None and ticket.request.logprobs is not None]
+    for start in range(0, len(asking), ROWS_TOLD_TOGETHER):
+        rows = asking[start : start + ROWS_TOLD_TOGETHER]
+        scores = logits[torch.tensor(rows, device=logits.device)].double().log_softmax(-1)
+        own = scores.gather(1, torch.tensor([[tokens[row]] for row in rows], device=logits.device)).squeeze(1).tolist()
+        most = min(max(tickets[row].request.logprobs for row in rows), logits.shape[-1])
+        best, order = (part.tolist() for part in scores.topk(most))
+        for place, row in enumerate(rows):
+            top = list(zip(order[place], best[place], strict=True))
+            # Of equals, which there are many in half precision, topk may take others first than the choice did.
+            if top and top[0][1] == own[place] and top[0][0] != tokens[row]:
+                top = [(tokens[row], own[place]), *((token, score) for token, score in top if token != tokens[row])]
+            told[row] = TokenLogprobs(tokens[row], own[place], tuple(top[: tickets[row].request.logprobs]))
     return told

@@ -8,12 +8,12 @@ from collections import deque
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..decoder.serving import ServingDecoder
 from ..decoder.slots import Slots
 from .memory import StateCost, rounded_span
 from .prefill import Prefill
-from .request import TokenLogprobs
 from .sampling import choose_tokens, told_logprobs
 from .ticket import Ticket
 from .wave import Wave, by_id, shared_prefix_tokens
@@ -163,7 +163,6 @@ class Scheduler:
             left = self._reserve(wave)
             logits = self.prefill.read(wave, self.slots, rows, left)
             tokens = self.choose(logits, wave)
-            told = told_logprobs(logits, tokens, wave)
         except Exception as error:  # out of memory, a tile that cannot be encoded: the others go on
             self._scrub(rows)
             if len(wave) > 1:
@@ -180,7 +179,7 @@ class Scheduler:
         for ticket in wave:
             ticket.prompt.pixels, ticket.begun = None, None  # a caller may hold the ticket for long
         self.running += wave
-        self._take(wave, tokens, told)
+        self._take(wave, tokens, logits)
 
     def _scrub(self, rows: list[int]) -> None:
         """Rows that reading has half written."""
@@ -223,13 +222,12 @@ class Scheduler:
             logits = self.prefill.mask(run(tokens, self.slots, span, even=min(counts) == span - 1))
             self.slots.advance(list(range(len(running))), [1] * len(running))
             chosen = self.choose(logits, running)
-            told = told_logprobs(logits, chosen, running)
         except BaseException as error:
             self._fail_running(error)
             if not isinstance(error, Exception):
                 raise
             return
-        self._take(running, chosen, told)
+        self._take(running, chosen, logits)
 
     def _fail_running(self, error: BaseException) -> None:
         """Their rows are half written: none of them can go on."""
@@ -242,9 +240,20 @@ class Scheduler:
         """The next token of each; apart so that tests can speak for the model."""
         return choose_tokens(logits, tickets)
 
-    def _take(self, tickets: list[Ticket], tokens: list[int | None], told: list[TokenLogprobs | None]) -> None:
+    def _take(self, tickets: list[Ticket], tokens: list[int | None], logits: Tensor) -> None:
+        try:
+            told = told_logprobs(logits, tokens, tickets)
+        except Exception as error:  # no memory: those who did not ask for them go on
+            told = [None] * len(tickets)
+            for ticket in tickets:
+                if ticket.request.logprobs is not None:
+                    ticket.fail(_said_by(error))
+        except BaseException as error:  # Ctrl-C: rows are a token further than what was said
+            self._fail_running(error)
+            raise
         for ticket, token, words in zip(tickets, tokens, told, strict=True):
-            ticket.take(token, words)
+            if ticket.answer is None:
+                ticket.take(token, words)
         self._release()
 
     def _release(self) -> None:
