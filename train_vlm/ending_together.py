@@ -16,12 +16,12 @@ import sys
 import threading
 import time
 
-__all__ = ["STARTED_BY", "end_with_launchers", "is_there", "launchers_above", "tied", "tied_to_parent"]
+__all__ = ["GRACE_SECONDS", "STARTED_BY", "end_with_launchers", "is_there", "launchers_above", "tied", "tied_to_parent"]
 
 STARTED_BY = "TRAIN_VLM_STARTED_BY"  # process id of the quickstart, for ranks below launchers
 PR_SET_PDEATHSIG = 1
 LOOK_SECONDS = 0.5
-GRACE_SECONDS = 120.0
+GRACE_SECONDS = 60.0
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch")
 
 

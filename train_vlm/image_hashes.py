@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from train_vlm.reading import worker_settings
+from train_vlm.reading_processes import reader_settings
 from vlm.tiling import open_image
 
 __all__ = ["EvaluationImages", "hashes_of", "read_hashes"]
@@ -64,7 +64,7 @@ def read_hashes(places: list[str | Path], *, workers: int = 0) -> dict[str, str]
     """{hash of bytes or of pixels: name} over all pictures of all places."""
     known: dict[str, str] = {}
     for place in places:
-        for name, content, pixels in torch.utils.data.DataLoader(EvaluationImages(place), batch_size=None, **worker_settings(workers)):
+        for name, content, pixels in torch.utils.data.DataLoader(EvaluationImages(place), batch_size=None, **reader_settings(workers)):
             known.setdefault(content, name)
             if pixels is not None:
                 known.setdefault(pixels, name)

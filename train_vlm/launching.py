@@ -1,6 +1,7 @@
 """What the two training programs share: the command line, and errors as one clear line."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import traceback
@@ -23,12 +24,13 @@ def _plain(value):
 
 def _tell(stage: str, what: object) -> None:
     """A line to standard error in one write: print() can make two of it, and another rank's line comes between."""
-    sys.stderr.write(f"{stage}: {what}\n")
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(f"{stage}: {what}\n")
 
 
 def run_program(stage: str, description: str, arguments: list[str] | None = None) -> int:
     """Parse, check, train. Returns the exit code: 0; 2 for a wrong recipe or input; 3 for a run that failed; 4 for one that was asked to
-    end, and goes on with the same command; 130 for Ctrl-C before its first step."""
+    end, and goes on with the same command; 130 for Ctrl-C before its first step, and for one that was asked to end and saves nothing."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe")
     parser.add_argument(
@@ -74,8 +76,8 @@ def _run(stage: str, options: argparse.Namespace) -> int:
             train(recipe)
         except FailedElsewhereError:
             return 2
-        except AskedToStop:
-            return 4
+        except AskedToStop as asked:
+            return 4 if asked.is_saved else 130
         return 0
     except (ValueError, OSError, ImportError) as error:
         _tell(stage, error)

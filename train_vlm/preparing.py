@@ -26,7 +26,8 @@ from train_vlm.kept_precision import widen_kept
 from train_vlm.ledger import Ledger
 from train_vlm.perplexity import text_windows
 from train_vlm.ranks import on_first_rank, trains_on_gpu
-from train_vlm.reading import SampleStream, worker_settings
+from train_vlm.reading import SampleStream
+from train_vlm.reading_processes import reader_settings
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import Standing, Start, look_for_start
 from train_vlm.run_identity import describe_run
@@ -81,7 +82,7 @@ class Prepared:
         return iter(DataLoader(
             self.stream,
             batch_sampler=places,
-            **worker_settings(data.workers),
+            **reader_settings(data.workers),
             collate_fn=lambda samples: pack(samples, filler, tile_size),
             prefetch_factor=4 if data.workers else None,
             generator=torch.Generator().manual_seed(self.recipe.run.seed),  # or opening it draws a number that steps would get

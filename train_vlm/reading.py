@@ -16,24 +16,13 @@ from train_vlm.conversations import has_answer
 from train_vlm.plain_text import prepare_text
 from train_vlm.recipe import Source
 from train_vlm.sample_index import OpenFiles, SampleIndex
-from train_vlm.stopping import leave_signals_to_parent
 from vlm.processing import VLMProcessor
 from vlm.tiling import open_image
 
-__all__ = ["SampleStream", "ShardedSource", "blend_cycle", "worker_settings"]
+__all__ = ["SampleStream", "ShardedSource", "blend_cycle"]
 
 CYCLE = 1000
 OPEN_FILES = 128  # shards and their indexes
-
-
-def worker_settings(workers: int) -> dict:
-    """What a DataLoader is told of its worker processes. They are forked: what they read with cannot be pickled, which other ways of
-    starting a process, Python's default from 3.14 on, would do; they touch no GPU."""
-    return {
-        "num_workers": workers,
-        "multiprocessing_context": "fork" if workers else None,
-        "worker_init_fn": leave_signals_to_parent if workers else None,
-    }
 
 
 def _image_members(entry: dict) -> list[str]:
@@ -208,8 +197,9 @@ class SampleStream(torch.utils.data.Dataset):
 
     def sample(self, source: int, number: int) -> dict:
         """{"source", "id", "input_ids", "labels", "pixels" uint8 (N, H, W, 3), "tiles_reduced"} or {"source", "id", "skipped": reason}."""
-        name = f"{Path(self.settings[source].shards).name}/{self.sources[source].entries[number][1]['key']}"
+        name = f"{Path(self.settings[source].shards).name}, sample {number}"
         try:
+            name = f"{Path(self.settings[source].shards).name}/{self.sources[source].entries[number][1]['key']}"
             name, messages = self.sources[source].read(number)
             if isinstance(messages, str):
                 sample = prepare_text(messages, self.processor, self.max_tokens)

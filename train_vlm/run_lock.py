@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["lock_file", "only_one"]
+__all__ = ["holder_of", "lock_file", "only_one", "wait_while_held"]
 
 LONGEST_WAIT_SECONDS = 15.0  # for a process that is dying
 
@@ -39,6 +39,39 @@ def _take(path: Path) -> int | None:
     return None
 
 
+def _named(text: str) -> tuple[str, str]:
+    """(process, machine) of a lock file's text."""
+    process, _, host = text.strip().partition(" on ")
+    return process, host
+
+
+def holder_of(out: str | Path) -> tuple[int, str] | None:
+    """(process, machine) that has `out`, or None. Not for a process that has it itself: it would lose it."""
+    try:
+        handle = os.open(lock_file(out), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None
+    except OSError:
+        process, host = _named(os.pread(handle, 1000, 0).decode(errors="replace"))
+        return (int(process), host) if process.isdigit() else None
+    finally:
+        os.close(handle)
+
+
+def wait_while_held(out: str | Path, seconds: float) -> None:
+    """Let a run that is ending, and may still have its ranks' meeting point, end first: return once nobody has `out`, or after `seconds`.
+    To be called before the ranks meet, so that whoever has it is another run's."""
+    until, is_told = time.monotonic() + seconds, os.environ.get("RANK", "0") != "0"
+    while (holder := holder_of(out)) is not None and time.monotonic() < until:
+        if not is_told:
+            print(f"waiting up to {seconds:.0f} s for process {holder[0]} on {holder[1]}, which still has {out}", flush=True)
+            is_told = True
+        time.sleep(0.2)
+
+
 @contextlib.contextmanager
 def only_one(out: str | Path, *, wait_seconds: float = LONGEST_WAIT_SECONDS) -> Iterator[None]:
     """Within the block no other process has `out`. Does nothing, and says so, where the file system knows no locks.
@@ -55,7 +88,7 @@ def only_one(out: str | Path, *, wait_seconds: float = LONGEST_WAIT_SECONDS) -> 
             print(f"no lock on {out} ({error.strerror}): see to it that no second run writes there", flush=True)
             break
         if handle is None and time.monotonic() > until:
-            process, _, host = (path.read_text(encoding="utf-8").strip() if path.is_file() else "").partition(" on ")
+            process, host = _named(path.read_text(encoding="utf-8") if path.is_file() else "")
             elsewhere = host not in ("", socket.gethostname())
             raise ValueError(
                 f"{out} belongs to a run that is still going on (process {process or 'unknown'}{f' on {host}' if elsewhere else ''}); wait "

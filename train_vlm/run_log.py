@@ -6,6 +6,7 @@ checkpoint goes on with these files too: what was told of steps that are made ag
 """
 
 import json
+import os
 import secrets
 import shutil
 import sys
@@ -16,7 +17,23 @@ from tqdm import tqdm
 
 from vlm.files import write_whole
 
-__all__ = ["RunLog", "cut_log"]
+__all__ = ["RunLog", "cut_log", "say"]
+
+
+def say(text: str) -> None:
+    """Print a line. When nobody reads any more (the other end of a pipe was ended by the same Ctrl-C, a terminal was closed), it is dropped
+    with all that follows: a run does not end for it."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _drop_output(sys.stdout)
+
+
+def _drop_output(stream) -> None:
+    """Whatever others print to it from now on is dropped, too, instead of raising."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -91,7 +108,10 @@ class RunLog:
 
     def advance(self) -> None:
         if self.bar is not None:
-            self.bar.update(1)
+            try:
+                self.bar.update(1)
+            except OSError:
+                _drop_output(sys.stderr)
 
     def record(self, step: int, values: dict) -> None:
         if self.folder is None:
@@ -113,14 +133,20 @@ class RunLog:
             return
         self.file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.started, 2), **event}) + "\n")
         self.file.flush()
-        tqdm.write(event["text"], file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(event["text"], file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            _drop_output(sys.stdout)
 
     def close(self, summary: dict | None = None) -> None:
         """Write the summary and end everything else; a second call does nothing."""
         if self.folder is None or self.file.closed:
             return
-        self.bar.close()
+        try:
+            self.bar.close()
+        except OSError:
+            _drop_output(sys.stderr)
         self.writer.close()
         self.file.close()
         if self.wandb is not None:

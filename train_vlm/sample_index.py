@@ -30,7 +30,11 @@ class OpenFiles:
             while len(self._files) >= self.most:
                 os.close(self._files.popitem(last=False)[1])
             self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return os.pread(self._files[path], size, offset)
+        parts = []
+        while size and (part := os.pread(self._files[path], size, offset)):  # some file systems give less at a time
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)
 
     def close(self) -> None:
         """The next read opens its file again."""
@@ -101,6 +105,9 @@ def _parsed(line: bytes, index: Path) -> dict:
         entry = json.loads(line)
         if missing := {"key", "members", "tiles", "tokens", "supervised_tokens"} - entry.keys():
             raise ValueError(f"a line without {', '.join(sorted(missing))}")
-    except (ValueError, AttributeError) as error:
+        numbers = [entry["tokens"], entry["supervised_tokens"], *entry["tiles"]]
+        if not all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers):
+            raise ValueError(f"found {numbers} for tokens, supervised tokens and tiles")
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"index {index} is damaged ({error}); write the shards again") from error
     return entry

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from train_vlm.image_hashes import hashes_of, read_hashes
 from train_vlm.ledger import EXAMPLES, REASONS
-from train_vlm.reading import SampleStream, worker_settings
+from train_vlm.reading import SampleStream
+from train_vlm.reading_processes import reader_settings
 from train_vlm.recipe import Source
 from vlm.processing import VLMProcessor
 
@@ -130,7 +131,7 @@ def check_shards(
     stream = SampleStream((Source(str(folder), max_tiles=max_tiles),), processor, seed=0, max_tokens=max_tokens)
     known = read_hashes(list(against), workers=workers)
     result = CheckResult(str(folder), against=len(known) if against else None)
-    reader = torch.utils.data.DataLoader(_Samples(stream, known), batch_size=None, **worker_settings(workers))
+    reader = torch.utils.data.DataLoader(_Samples(stream, known), batch_size=None, **reader_settings(workers))
     for found in tqdm(reader, desc="check", unit="sample", leave=False, disable=None):
         result.add(found)
     return result

@@ -5,22 +5,25 @@ conversion are removed first: two of them left over would be trained on in silen
 without it are not read (reading.py), because a conversion that was stopped leaves whole ones, too.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
+import pickle
 import tarfile
 import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from train_vlm.conversations import from_llava, has_answer
 from train_vlm.messages_files import from_messages
-from train_vlm.reading import worker_settings
+from train_vlm.reading_processes import reader_settings
 from vlm.files import write_whole
 from vlm.processing import VLMProcessor
 from vlm.tiling import open_image
@@ -79,17 +82,22 @@ def _reason(error: Exception) -> str:
 
 
 class _Measured(torch.utils.data.Dataset):
-    """Number of a sample -> what its shard will hold: {"content", "pictures" [(name, bytes)], "tiles", "tokens", "supervised_tokens"}, or
-    (reason, words) for an unusable one."""
+    """Number of a sample -> what its shard will hold: {"id", "content", "pictures" [(name, bytes)], "tiles", "tokens",
+    "supervised_tokens"}, (reason, words) for an unusable one, or the OSError of a disk that fails.
+
+    Samples stand in one buffer: Python writes reference counts into what it looks at, and each reader would come to own a list's copy."""
 
     def __init__(self, samples: list[dict], images: Path, processor: VLMProcessor):
-        self.samples, self.images, self.processor = samples, images, processor
+        pieces = [pickle.dumps(sample) for sample in samples]
+        self._ends = np.cumsum([0, *map(len, pieces)])
+        self._pieces = b"".join(pieces)
+        self.images, self.processor = images, processor
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._ends) - 1
 
-    def __getitem__(self, number: int) -> dict | tuple[str, str]:
-        sample = self.samples[number]
+    def __getitem__(self, number: int) -> dict | tuple[str, str] | OSError:
+        sample = pickle.loads(self._pieces[self._ends[number] : self._ends[number + 1]])
         try:
             content, pictures = _read(sample, self.images)
             sizes = [open_image(named).size for named in pictures]
@@ -102,8 +110,11 @@ class _Measured(torch.utils.data.Dataset):
                 raise ValueError("nothing supervised: no assistant text")
         except (ValueError, FileNotFoundError) as error:
             return _reason(error), f"sample {sample.get('id', number) if isinstance(sample, dict) else number}: {error}"
+        except OSError as error:  # raised by whoever asked, in one line
+            return error
         named = [(picture.name, picture.getvalue()) for picture in pictures]
-        return {"content": content, "pictures": named, "tiles": tiles, "tokens": tokens, "supervised_tokens": supervised}
+        return {"id": str(sample.get("id", number)), "content": content, "pictures": named, "tiles": tiles, "tokens": tokens,
+                "supervised_tokens": supervised}  # fmt: skip
 
 
 def _as_it_is(item):
@@ -140,38 +151,47 @@ def convert(
         write_whole(shard.with_suffix(".index.jsonl"), _index_of(shard, facts))
 
     temporary = out / ".shard.tar.partial"
-    found = torch.utils.data.DataLoader(
-        _Measured(samples, images, processor), batch_size=None, collate_fn=_as_it_is, **worker_settings(workers)
-    )
-    for number, measured in enumerate(tqdm(found, desc="shards", unit="sample", leave=False, disable=None)):
-        if isinstance(measured, tuple):
-            reason, words = measured
-            skipped[reason] += 1
-            examples.setdefault(reason, words)
-            continue
-        sample, tiles = samples[number], measured["tiles"]
-        if writer is None:
-            shard, facts = out / f"shard-{totals['shards']:06d}.tar", {}
-            writer = webdataset.TarWriter(str(temporary), mtime=0)
-        key = f"{number:09d}"
-        members = {"__key__": key, "json": json.dumps({"id": str(sample.get("id", number))} | measured["content"]).encode()}
-        for place, (name, picture) in enumerate(measured["pictures"]):
-            suffix = Path(name).suffix.lower()
-            suffix = suffix if suffix not in ("", ".gz") else ".img"  # webdataset would compress what it takes for .gz
-            members[f"{place}{suffix}"] = picture
-        writer.write(members)
-        digest = hashlib.sha256(members["json"] + b"".join(picture for _, picture in measured["pictures"])).hexdigest()
-        facts[key] = {name: measured[name] for name in ("tiles", "tokens", "supervised_tokens")} | {"sha256": digest}
-        totals.update(samples=1, tokens=measured["tokens"], tiles=sum(tiles))
-        if len(facts) == samples_per_shard:
-            close()
-            writer = None
-            totals["shards"] += 1
+    given = _Measured(samples, images, processor)
+    del samples  # of 665,000 the list is gigabytes, if the caller does not hold it
+    found = torch.utils.data.DataLoader(given, batch_size=None, collate_fn=_as_it_is, **reader_settings(workers))
+    try:
+        for number, measured in enumerate(tqdm(found, desc="shards", unit="sample", leave=False, disable=None)):
+            if isinstance(measured, OSError):
+                raise measured
+            if isinstance(measured, tuple):
+                reason, words = measured
+                skipped[reason] += 1
+                examples.setdefault(reason, words)
+                continue
+            tiles = measured["tiles"]
+            if writer is None:
+                shard, facts = out / f"shard-{totals['shards']:06d}.tar", {}
+                writer = webdataset.TarWriter(str(temporary), mtime=0)
+            key = f"{number:09d}"
+            members = {"__key__": key, "json": json.dumps({"id": measured["id"]} | measured["content"]).encode()}
+            for place, (name, picture) in enumerate(measured["pictures"]):
+                suffix = Path(name).suffix.lower()
+                suffix = suffix if suffix not in ("", ".gz") else ".img"  # webdataset would compress what it takes for .gz
+                members[f"{place}{suffix}"] = picture
+            writer.write(members)
+            digest = hashlib.sha256(members["json"] + b"".join(picture for _, picture in measured["pictures"])).hexdigest()
+            facts[key] = {name: measured[name] for name in ("tiles", "tokens", "supervised_tokens")} | {"sha256": digest}
+            totals.update(samples=1, tokens=measured["tokens"], tiles=sum(tiles))
+            if len(facts) == samples_per_shard:
+                close()
+                writer = None
+                totals["shards"] += 1
+    except BaseException:
+        with contextlib.suppress(Exception):  # or it writes to a closed file when Python collects it
+            if writer is not None:
+                writer.close()
+        temporary.unlink(missing_ok=True)
+        raise
     if writer is not None:
         close()
         totals["shards"] += 1
     if not totals["samples"]:
-        raise ValueError(f"none of {len(samples)} samples is usable: {'; '.join(examples.values())}")
+        raise ValueError(f"none of {len(given)} samples is usable: {'; '.join(examples.values())}")
     summary = {**totals, "skipped": dict(skipped), "examples": examples, "seconds": round(time.monotonic() - started, 1)}
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
     return summary

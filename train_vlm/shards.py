@@ -26,6 +26,10 @@ from vlm.processing import VLMProcessor
 __all__ = ["convert", "main", "measure_sample"]
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train_vlm.shards", description="Training shards with an index: write and check them.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -56,7 +60,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--workers",
             type=int,
-            default=min(8, os.cpu_count() or 1),
+            default=min(8, _cores()),
             help="processes that decode pictures; 0: this one (default: up to 8)",
         )
         command.add_argument("--max-skipped-percent", type=float, default=1.0, help="more unusable samples than this is an error")
@@ -92,14 +96,15 @@ def _convert(options: argparse.Namespace) -> None:
             f"--text-tokens is {options.text_tokens}, --samples-per-shard {options.samples_per_shard}, --questions-per-sample "
             f"{options.questions_per_sample}; expected at least 2, 1 and 1"
         )
-    samples = None if options.text else _samples(options)  # a malformed file is told before anything is loaded
+    samples = [] if options.text else [_samples(options)]  # a malformed file is told before anything is loaded
     processor = _processor(options.model)
-    samples = _samples(options, processor) if samples is None else samples
-    summary = convert(samples, Path(options.images or "."), processor, Path(options.out), samples_per_shard=options.samples_per_shard,
+    samples = samples or [_samples(options, processor)]
+    asked = len(samples[0])
+    summary = convert(samples.pop(), Path(options.images or "."), processor, Path(options.out), samples_per_shard=options.samples_per_shard,
                       workers=options.workers)  # fmt: skip
     for reason, count in summary["skipped"].items():
         print(f"skipped {count} samples, {reason}; first: {summary['examples'][reason]}", file=sys.stderr)
-    share = 100 * sum(summary["skipped"].values()) / len(samples)
+    share = 100 * sum(summary["skipped"].values()) / asked
     print(
         f"{summary['samples']} samples, {summary['tiles']} tiles, {summary['tokens']} tokens in {summary['shards']} shards "
         f"at {options.out} ({summary['seconds']} s)"
@@ -129,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         print(found.text())
         return int(found.is_bad(options.max_skipped_percent))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # the last one of a reader that was killed
         print(f"shards: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

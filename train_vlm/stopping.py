@@ -1,7 +1,8 @@
 """A run that is asked to end: it finishes its step, saves, and ends with exit code 4, so that the same command goes on from there.
 
-Asked by SIGTERM (a scheduler that wants the machine back, `kill`), SIGUSR1 (Slurm's --signal=USR1@120), the first Ctrl-C, or by the end of
-a launcher (ending_together.py). A second Ctrl-C ends it at once. Whichever rank hears of it, all end at the same step (`train_step`).
+Asked by SIGTERM (`python -m train_vlm.stop OUT`, a launcher, `kill`), SIGUSR1, the first Ctrl-C, or by the end of a launcher
+(ending_together.py). A second Ctrl-C, or a second SIGTERM after PATIENT_SECONDS, ends it at once. Whichever rank hears of it, all end
+at the same step (`train_step`).
 
 Launchers send SIGTERM for another reason, too: a rank has died, and the others must not wait for it. Python's own handlers would not do
 then, for they wait until the main thread comes back from its collective, which it never does. So a thread listens, and a rank whose
@@ -13,38 +14,39 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from train_vlm.ending_together import is_there, launchers_above
 
-__all__ = ["AskedToStop", "StopRequest", "leave_signals_to_parent", "stopped_words"]
+__all__ = ["AskedToStop", "StopRequest", "stopped_words"]
 
 ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+PATIENT_SECONDS = 5.0  # a scheduler and a launcher send one each, and mean the same
+MAIN_THREAD_SECONDS = 2.0  # for the main thread to hear of a second Ctrl-C
 
 
 class AskedToStop(Exception):  # noqa: N818 (no error)
-    """The run ended before its last step because it was asked to; str() says where it stands."""
+    """The run ended before its last step because it was asked to; str() says where it stands. is_saved: whether it can go on from there."""
+
+    def __init__(self, words: str, *, is_saved: bool):
+        super().__init__(words)
+        self.is_saved = is_saved
 
 
-def leave_signals_to_parent(worker: int = 0) -> None:
-    """In a reading process: whatever asks all processes of a run to end must not take the samples from the step that is under way."""
-    signal.set_wakeup_fd(-1)  # forked: its parent's
-    for number in ASKING:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _neighbours() -> list:
-    """The other ranks that this one's launcher started here, as psutil's processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not (above := launchers_above()):
+def _neighbours() -> list | None:
+    """The other ranks that this one's launcher started here, as psutil's processes; None when some of them are gone already."""
+    expected = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1") - 1
+    if expected < 1 or not (above := launchers_above()):
         return []
     import psutil
 
     found = []
     for process in above[0].children():
         with contextlib.suppress(psutil.Error):  # gone while it was asked
-            if process.pid != os.getpid() and sys.argv[0] in process.cmdline():
+            if process.pid != os.getpid() and Path(sys.argv[0]).name in {Path(word).name for word in process.cmdline()}:
                 found.append(process)
-    return found
+    return found if len(found) >= expected else None
 
 
 def stopped_words(step: int, folder: Path | None, by: str | None) -> str:
@@ -56,14 +58,17 @@ def stopped_words(step: int, folder: Path | None, by: str | None) -> str:
 
 
 class StopRequest:
-    """From `listen` to `close` the process is not ended by what asks it to: `by` says what did ("SIGTERM"), or None.
+    """From `listen` to `close` the process is not ended by what asks it to: `by` says what did ("SIGTERM"), or None. What the process was
+    started to ignore is ignored as before.
 
     Outside of the main thread, where Python takes no handlers, nothing is listened to and `by` stays None.
     """
 
     def __init__(self):
         self.by: str | None = None
-        self._before, self._reader, self._writer, self._interrupts = {}, -1, -1, 0
+        self._needs_ranks = True
+        self._before, self._reader, self._writer = {}, -1, -1
+        self._interrupts, self._is_interrupted, self._terminated = 0, threading.Event(), None
 
     def listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -72,12 +77,17 @@ class StopRequest:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._handle) for number in ASKING}
+        taken = [number for number in ASKING if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in taken}
         self._thread = threading.Thread(target=self._listen, args=(self._reader,), daemon=True, name="stop request")
         self._thread.start()
 
+    def needs_no_ranks(self) -> None:
+        """From now on other ranks may end before this one."""
+        self._needs_ranks = False
+
     def close(self) -> None:
-        if not self._before:
+        if self._reader < 0:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -86,7 +96,7 @@ class StopRequest:
         self._thread.join()
         for end in (self._reader, self._writer):
             os.close(end)
-        self._before = {}
+        self._reader = -1
 
     def _handle(self, number: int, frame) -> None:
         """In the main thread, when it gets there."""
@@ -94,15 +104,27 @@ class StopRequest:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
+                self._is_interrupted.set()
                 raise KeyboardInterrupt
 
     def _listen(self, reader: int) -> None:
         """In a thread of its own: at once, whatever the main thread is doing."""
+        interrupts = 0
         while number := os.read(reader, 1)[0]:
-            if number == signal.SIGTERM and not all(map(is_there, self._ranks)):
-                os._exit(128 + number)  # the step cannot end: a rank is missing
-            if number in ASKING:
+            if number == signal.SIGTERM and self._must_end_now():
+                os._exit(128 + number)
+            interrupts += number == signal.SIGINT
+            if number == signal.SIGINT and interrupts > 1 and not self._is_interrupted.wait(MAIN_THREAD_SECONDS):
+                os._exit(128 + number)
+            if number in self._before:
                 self._note(number)
+
+    def _must_end_now(self) -> bool:
+        """The step cannot end, because a rank is missing, or somebody asks again."""
+        if self._needs_ranks and (self._ranks is None or not all(map(is_there, self._ranks))):
+            return True
+        first, self._terminated = self._terminated, self._terminated or time.monotonic()
+        return first is not None and time.monotonic() - first > PATIENT_SECONDS
 
     def _note(self, number: int) -> None:
         if self.by is None:

@@ -19,6 +19,7 @@ from train_vlm.accounts import Accounts, peak_of
 from train_vlm.adapters import check_adapters, save_trained
 from train_vlm.autopsy import write_autopsy
 from train_vlm.checkpointing import save_checkpoint, set_random_states
+from train_vlm.ending_together import GRACE_SECONDS
 from train_vlm.heldout import heldout_loss, heldout_words
 from train_vlm.ledger import COUNTS, count_over_ranks
 from train_vlm.leftovers import remove_leftovers
@@ -28,8 +29,8 @@ from train_vlm.progress import Progress, learning_rate_share, share_from_first_r
 from train_vlm.ranks import on_first_rank, start_deepspeed, sum_over_ranks
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import SavePlan, checkpoint_content, checkpoints_of, mark_finished
-from train_vlm.run_lock import only_one
-from train_vlm.run_log import RunLog
+from train_vlm.run_lock import only_one, wait_while_held
+from train_vlm.run_log import RunLog, say
 from train_vlm.stopping import AskedToStop, StopRequest, stopped_words
 from train_vlm.training_report import write_training_report
 from train_vlm.training_step import NotFiniteError, train_step
@@ -60,6 +61,7 @@ def train(recipe: Recipe) -> Path:
     Raises ValueError or FileNotFoundError for inputs that do not fit or an output folder that another process is writing to,
     NotFiniteError for a loss or a gradient that is not finite, AskedToStop when it was asked to end and has saved (stopping.py).
     """
+    wait_while_held(recipe.out, GRACE_SECONDS + 5)
     start_deepspeed(recipe)
     with contextlib.ExitStack() as held:
         on_first_rank(lambda: held.enter_context(only_one(recipe.out)) or remove_leftovers(recipe.out))
@@ -183,12 +185,13 @@ def _train(run: Prepared) -> None:
             if is_due or (is_asked and saving.is_on):
                 save()
             if is_asked and not is_last:
-                words = stopped_words(at.step, checkpoints_of(out) if saving.is_on else None, asked.by)
                 tell_all()
+                asked.needs_no_ranks()  # a launcher ends all when the first one has ended
+                torch.distributed.barrier()
+                words = stopped_words(at.step, checkpoints_of(out) if saving.is_on else None, asked.by)
                 if rank == 0:
-                    print(words, flush=True)
-                torch.distributed.barrier()  # from here on no rank is missed: a launcher ends all when the first one has ended
-                raise AskedToStop(words)
+                    say(words)
+                raise AskedToStop(words, is_saved=saving.is_on)
         del batches
         if saving.is_on and saving.last_step != at.step:  # first: what comes now takes minutes of a large model
             save()
@@ -213,10 +216,9 @@ def _train(run: Prepared) -> None:
         waiting = 100 * at.waiting_seconds / max(at.spent_seconds, 1e-9)
         loss = "no loss" if at.smooth_loss is None else f"loss {at.smooth_loss:.3f}"
         looked = f"{heldout_words(final, final['heldout'])}\n" if run.heldout is not None else ""
-        print(
+        say(
             f"{ledger.text()}\n{looked}{at.step} steps in {at.spent_seconds:.0f} s, {loss}, {waiting:.0f} % waiting for data; "
-            f"model at {out}, report at {page}",
-            flush=True,
+            f"model at {out}, report at {page}"
         )
 
 

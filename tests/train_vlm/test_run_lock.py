@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from train_vlm.run_lock import lock_file, only_one
+from train_vlm.run_lock import holder_of, lock_file, only_one, wait_while_held
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -75,3 +75,28 @@ def test_a_file_system_without_locks_is_told_and_no_obstacle(tmp_path, monkeypat
     with only_one(tmp_path / "out"):
         pass
     assert "no lock on" in capsys.readouterr().out
+
+
+def test_who_has_a_folder_is_told_while_it_does(holder, tmp_path):
+    """What a kill left behind names nobody."""
+    assert holder_of(tmp_path / "out") == (holder[0].pid, socket.gethostname()) and holder_of(tmp_path / "other") is None
+    holder[0].kill()
+    holder[0].wait()
+    assert lock_file(tmp_path / "out").is_file() and holder_of(tmp_path / "out") is None
+
+
+def test_a_start_waits_for_a_run_that_is_ending(holder, tmp_path, capsys):
+    """Its ranks may still have the port at which the new ones would meet - and meet its."""
+    began = time.monotonic()
+    wait_while_held(tmp_path / "out", 0.5)
+    assert 0.4 < time.monotonic() - began < 3 and holder[0].poll() is None
+    assert f"waiting up to 0 s for process {holder[0].pid} on {socket.gethostname()}, which still has" in capsys.readouterr().out
+    threading.Timer(0.5, holder[0].kill).start()
+    wait_while_held(tmp_path / "out", 60)
+    assert holder[0].wait(1) == -signal.SIGKILL
+
+
+def test_other_ranks_wait_without_a_word(holder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    wait_while_held(tmp_path / "out", 0.3)
+    assert capsys.readouterr().out == ""

@@ -1,6 +1,7 @@
 """Indexes as columns: the same entries as the files' lines, without their memory."""
 
 import json
+import os
 import tracemalloc
 
 import pytest
@@ -95,3 +96,12 @@ def test_only_so_many_files_stay_open(tmp_path):
         assert len(files._files) <= 2
     files.close()
     assert not files._files and files.read(tmp_path / "1", 0, 1) == b"\x01"
+
+
+def test_what_comes_in_pieces_is_read_whole(tmp_path, monkeypatch):
+    """Some file systems give less than what is asked for, before the end."""
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, size, offset: real(handle, min(size, 7), offset))
+    assert OpenFiles(2).read(tmp_path / "a", 10, 50) == bytes(range(10, 60))
+    assert OpenFiles(2).read(tmp_path / "a", 90, 50) == bytes(range(90, 100))

@@ -3,8 +3,11 @@
 import hashlib
 import io
 import json
+import os
+import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from train_vlm import shard_writing
 from train_vlm.reading import SampleStream, ShardedSource
 from train_vlm.recipe import Source
 from train_vlm.shards import convert, main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def noise(width, height, seed=0):
@@ -244,3 +249,14 @@ def test_ctrl_c_is_one_line(tmp_path, images, tiny_folder, monkeypatch, capsys):
     assert main(["convert", "--llava", str(tmp_path / "samples.json"), "--images", str(images), "--model", str(tiny_folder), "--out",
                  str(tmp_path / "out")]) == 130  # fmt: skip
     assert capsys.readouterr().err == "shards: convert interrupted; it begins anew\n"
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_disk_that_fails_ends_a_conversion_in_one_line(tmp_path, images, tiny_folder, workers):
+    """With readers it was a page, and the process stayed: Python waits for children that do not listen to its SIGTERM."""
+    sample = {"id": "a", "image": "/proc/self/mem", "conversations": GOOD[0]["conversations"]}  # gives an input/output error
+    (tmp_path / "samples.json").write_text(json.dumps([*GOOD, sample, *GOOD]))
+    done = subprocess.run([sys.executable, "-m", "train_vlm.shards", "convert", "--llava", tmp_path / "samples.json", "--images", images,
+                           "--model", tiny_folder, "--out", tmp_path / "out", "--workers", workers],
+                          cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "shards: [Errno 5] Input/output error" and "Trace" not in done.stderr
