@@ -5,7 +5,7 @@
 A program started by us is tied to its parent by the kernel (Linux; elsewhere nothing happens). A rank has DeepSpeed's or torch's launcher
 above it, two processes deep, and those tie nothing: it keeps an eye on them itself, and on the quickstart that started them. When one of
 them ends, the rank is asked to end (SIGTERM; in the middle of training it saves first, see stopping.py), and killed if it is still there
-after GRACE_SECONDS. A user's shell is no launcher: a run goes on when its terminal is closed.
+after GRACE_SECONDS. A user's shell is no launcher: what ends with a terminal is decided by SIGHUP, which nohup takes away.
 """
 
 import contextlib

@@ -1,18 +1,21 @@
 """What the two training programs share: the command line, and errors as one clear line."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import os
 import sys
 import traceback
 import warnings
+from typing import NoReturn
 
 import torch
 import yaml
 
 from train_vlm.recipe import RecipeError, load_recipe
 
-__all__ = ["run_program"]
+__all__ = ["program", "run_program"]
 
 
 def _plain(value):
@@ -28,9 +31,23 @@ def _tell(stage: str, what: object) -> None:
         sys.stderr.write(f"{stage}: {what}\n")
 
 
-def run_program(stage: str, description: str, arguments: list[str] | None = None) -> int:
-    """Parse, check, train. Returns the exit code: 0; 2 for a wrong recipe or input; 3 for a run that failed; 4 for one that was asked to
-    end, and goes on with the same command; 130 for Ctrl-C before its first step, and for one that was asked to end and saves nothing."""
+def program(stage: str, description: str) -> NoReturn:
+    """What a training program does, and its end: everything in order, then the process at once. The lock on the folder goes last, with the
+    ranks' meeting point; Python would take another second or two to clear up, in which the next run's ranks could meet here."""
+    held = contextlib.ExitStack()
+    code = run_program(stage, description, held=held)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    held.close()
+    os._exit(code)
+
+
+def run_program(stage: str, description: str, arguments: list[str] | None = None, *, held: contextlib.ExitStack | None = None) -> int:
+    """Parse, check, train; `held`: see `train`. Returns the exit code: 0; 2 for a wrong recipe or input; 3 for a run that failed; 4 for one
+    that was asked to end, and goes on with the same command; 130 for Ctrl-C before its first step, and for one that was asked to end and
+    saves nothing."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe")
     parser.add_argument(
@@ -44,7 +61,7 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
 
     code = 1
     try:
-        code = _run(stage, options)
+        code = _run(stage, options, held)
     except KeyboardInterrupt:
         _tell(stage, "interrupted")
         code = 130
@@ -56,7 +73,7 @@ def run_program(stage: str, description: str, arguments: list[str] | None = None
     return code
 
 
-def _run(stage: str, options: argparse.Namespace) -> int:
+def _run(stage: str, options: argparse.Namespace, held: contextlib.ExitStack | None) -> int:
     """Exit code of a run; other errors than those expected are the caller's."""
     try:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -73,7 +90,7 @@ def _run(stage: str, options: argparse.Namespace) -> int:
         from train_vlm.trainer import train
 
         try:
-            train(recipe)
+            train(recipe, held)
         except FailedElsewhereError:
             return 2
         except AskedToStop as asked:

@@ -4,9 +4,12 @@ All ranks must agree on every decision (stop, save, which checkpoint), or their 
 decides, and the others hear it.
 """
 
+import contextlib
 import os
 import resource
+import socket
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -19,6 +22,7 @@ from vlm.engine.allocation import keep_freed_memory
 __all__ = ["FailedElsewhereError", "end_ranks", "on_first_rank", "start_deepspeed", "sum_over_ranks", "trains_on_gpu"]
 
 
+PORT_SECONDS = 10.0
 PATIENCE = timedelta(hours=4)
 """How long ranks wait for one of them that reads a checkpoint of a hundred gigabytes, lays it out for other ranks, or writes the model.
 DeepSpeed's 10 minutes would end the run, and its next start at the same place. DEEPSPEED_TIMEOUT (minutes) overrides it."""
@@ -56,10 +60,26 @@ def start_deepspeed(recipe: Recipe):
         # The shared-memory kernel is for inference only, and building it takes most of a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         keep_freed_memory()  # a step's tensors come again with the next
+    _wait_for_port()
     patience = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": PATIENCE}
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, **patience)
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     return deepspeed, torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def _wait_for_port() -> None:
+    """Rank 0 opens the ranks' meeting point; a process that has just ended may have its port for another second or two."""
+    port = int(os.environ["MASTER_PORT"])
+    if os.environ["RANK"] != "0" or not port or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has opened it
+        return
+    until = time.monotonic() + PORT_SECONDS
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return
+        time.sleep(0.2)
 
 
 def _open_many_files() -> None:

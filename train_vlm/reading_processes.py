@@ -18,7 +18,7 @@ from train_vlm.ending_together import tied_to_parent
 
 __all__ = ["reader_settings"]
 
-IGNORED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+IGNORED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 def _kill_readers() -> None:

@@ -5,6 +5,7 @@ Only rank 0 writes. Files: `log.jsonl` (a line each logged step), `tensorboard/`
 checkpoint goes on with these files too: what was told of steps that are made again is taken back.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -20,20 +21,36 @@ from vlm.files import write_whole
 __all__ = ["RunLog", "cut_log", "say"]
 
 
+class _Lasting:
+    """A stream whose other end may go (a pipe's reader was ended by the same Ctrl-C, a terminal was closed): what is written is dropped
+    then, with all that follows, whoever prints it. A run does not end for it. Of a full disk only this piece is lost."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act, *given) -> None:
+        try:
+            act(*given)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+
 def say(text: str) -> None:
-    """Print a line. When nobody reads any more (the other end of a pipe was ended by the same Ctrl-C, a terminal was closed), it is dropped
-    with all that follows: a run does not end for it."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        _drop_output(sys.stdout)
-
-
-def _drop_output(stream) -> None:
-    """Whatever others print to it from now on is dropped, too, instead of raising."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Print a line, if somebody reads it."""
+    print(text, file=_Lasting(sys.stdout), flush=True)
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -99,8 +116,9 @@ class RunLog:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         # In a file or a pipe a bar is a line each time: once in half a minute is enough.
         self.bar = tqdm(
-            total=total_steps, initial=step, desc=title, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0, dynamic_ncols=True
-        )
+            total=total_steps, initial=step, desc=title, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0, dynamic_ncols=True,
+            file=_Lasting(sys.stderr),
+        )  # fmt: skip
 
     def set_total(self, steps: int) -> None:
         if self.bar is not None:
@@ -108,10 +126,7 @@ class RunLog:
 
     def advance(self) -> None:
         if self.bar is not None:
-            try:
-                self.bar.update(1)
-            except OSError:
-                _drop_output(sys.stderr)
+            self.bar.update(1)
 
     def record(self, step: int, values: dict) -> None:
         if self.folder is None:
@@ -133,20 +148,14 @@ class RunLog:
             return
         self.file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.started, 2), **event}) + "\n")
         self.file.flush()
-        try:
-            tqdm.write(event["text"], file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:
-            _drop_output(sys.stdout)
+        tqdm.write(event["text"], file=_Lasting(sys.stdout))
+        _Lasting(sys.stdout).flush()
 
     def close(self, summary: dict | None = None) -> None:
         """Write the summary and end everything else; a second call does nothing."""
         if self.folder is None or self.file.closed:
             return
-        try:
-            self.bar.close()
-        except OSError:
-            _drop_output(sys.stderr)
+        self.bar.close()
         self.writer.close()
         self.file.close()
         if self.wandb is not None:

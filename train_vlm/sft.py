@@ -3,12 +3,10 @@
 deepspeed train_vlm/sft.py --recipe FILE [key=value ...]
 """
 
-import sys
-
 if __name__ == "__main__":
     from train_vlm.ending_together import end_with_launchers
 
     end_with_launchers()  # first: what comes now takes seconds
-    from train_vlm.launching import run_program
+    from train_vlm.launching import program
 
-    sys.exit(run_program("sft", __doc__))
+    program("sft", __doc__)

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 
-from train_vlm.run_lock import holder_of
+from train_vlm.run_lock import holder_of, is_gone
 
 __all__ = ["main"]
 
@@ -25,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--wait", type=float, default=0.0, metavar="SECONDS", help="until the run has ended, at most so long (default: not)"
     )
     options = parser.parse_args(arguments)
-    holder = holder_of(options.out)
+    try:
+        holder = holder_of(options.out)
+    except OSError as error:
+        print(f"stop: it cannot be asked who writes to {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
     if holder is None:
         print(f"stop: no run writes to {options.out}", file=sys.stderr)
         return 2
@@ -34,13 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stop: the run's first rank is process {process} on {host}; give the command there", file=sys.stderr)
         return 2
     try:
-        os.kill(process, signal.SIGTERM)
+        os.kill(process, signal.SIGUSR1)  # as often as one likes: a second SIGTERM would end it at once
     except OSError as error:
         print(f"stop: process {process} of {options.out} cannot be asked: {error.strerror}", file=sys.stderr)
         return 2
     print(f"asked process {process} to end", flush=True)
     until = time.monotonic() + options.wait
-    while options.wait and holder_of(options.out) == holder:
+    while options.wait and not (holder_of(options.out) != holder and is_gone(holder)):
         if time.monotonic() > until:
             print(f"stop: process {process} is still there after {options.wait:g} s", file=sys.stderr)
             return 1

@@ -1,8 +1,8 @@
 """A run that is asked to end: it finishes its step, saves, and ends with exit code 4, so that the same command goes on from there.
 
-Asked by SIGTERM (`python -m train_vlm.stop OUT`, a launcher, `kill`), SIGUSR1, the first Ctrl-C, or by the end of a launcher
-(ending_together.py). A second Ctrl-C, or a second SIGTERM after PATIENT_SECONDS, ends it at once. Whichever rank hears of it, all end
-at the same step (`train_step`).
+Asked by SIGUSR1 (`python -m train_vlm.stop OUT`), SIGTERM (a launcher, `kill`), SIGHUP (a terminal that is closed), the first Ctrl-C, or by
+the end of a launcher (ending_together.py). A second Ctrl-C, or a second SIGTERM after PATIENT_SECONDS, ends it at once. Whichever rank
+hears of it, all end at the same step (`train_step`).
 
 Launchers send SIGTERM for another reason, too: a rank has died, and the others must not wait for it. Python's own handlers would not do
 then, for they wait until the main thread comes back from its collective, which it never does. So a thread listens, and a rank whose
@@ -12,7 +12,6 @@ neighbour is gone ends at once.
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from train_vlm.ending_together import is_there, launchers_above
 
 __all__ = ["AskedToStop", "StopRequest", "stopped_words"]
 
-ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 PATIENT_SECONDS = 5.0  # a scheduler and a launcher send one each, and mean the same
 MAIN_THREAD_SECONDS = 2.0  # for the main thread to hear of a second Ctrl-C
 
@@ -36,7 +35,7 @@ class AskedToStop(Exception):  # noqa: N818 (no error)
 
 def _neighbours() -> list | None:
     """The other ranks that this one's launcher started here, as psutil's processes; None when some of them are gone already."""
-    expected = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1") - 1
+    expected = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1") - 1  # DeepSpeed's, torchrun's
     if expected < 1 or not (above := launchers_above()):
         return []
     import psutil
@@ -44,7 +43,8 @@ def _neighbours() -> list | None:
     found = []
     for process in above[0].children():
         with contextlib.suppress(psutil.Error):  # gone while it was asked
-            if process.pid != os.getpid() and Path(sys.argv[0]).name in {Path(word).name for word in process.cmdline()}:
+            given = process.environ()
+            if process.pid != os.getpid() and "LOCAL_RANK" in given and given.get("MASTER_PORT") == os.environ.get("MASTER_PORT"):
                 found.append(process)
     return found if len(found) >= expected else None
 
@@ -59,13 +59,14 @@ def stopped_words(step: int, folder: Path | None, by: str | None) -> str:
 
 class StopRequest:
     """From `listen` to `close` the process is not ended by what asks it to: `by` says what did ("SIGTERM"), or None. What the process was
-    started to ignore is ignored as before.
+    started to ignore is ignored as before. Until `is_under_way` is set there is nothing to save, and the first Ctrl-C ends it.
 
     Outside of the main thread, where Python takes no handlers, nothing is listened to and `by` stays None.
     """
 
     def __init__(self):
         self.by: str | None = None
+        self.is_under_way = False
         self._needs_ranks = True
         self._before, self._reader, self._writer = {}, -1, -1
         self._interrupts, self._is_interrupted, self._terminated = 0, threading.Event(), None
@@ -103,7 +104,7 @@ class StopRequest:
         self._note(number)
         if number == signal.SIGINT:
             self._interrupts += 1
-            if self._interrupts > 1:
+            if self._interrupts > self.is_under_way:
                 self._is_interrupted.set()
                 raise KeyboardInterrupt
 
@@ -114,7 +115,7 @@ class StopRequest:
             if number == signal.SIGTERM and self._must_end_now():
                 os._exit(128 + number)
             interrupts += number == signal.SIGINT
-            if number == signal.SIGINT and interrupts > 1 and not self._is_interrupted.wait(MAIN_THREAD_SECONDS):
+            if number == signal.SIGINT and interrupts > self.is_under_way and not self._is_interrupted.wait(MAIN_THREAD_SECONDS):
                 os._exit(128 + number)
             if number in self._before:
                 self._note(number)

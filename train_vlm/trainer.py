@@ -6,6 +6,7 @@ starts it, and goes on with it after a kill at any moment - same samples, same o
 
 import contextlib
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from train_vlm.leftovers import remove_leftovers
 from train_vlm.perplexity import measure_perplexity
 from train_vlm.preparing import Prepared, prepare
 from train_vlm.progress import Progress, learning_rate_share, share_from_first_rank
-from train_vlm.ranks import on_first_rank, start_deepspeed, sum_over_ranks
+from train_vlm.ranks import FailedElsewhereError, on_first_rank, start_deepspeed, sum_over_ranks
 from train_vlm.recipe import Recipe
 from train_vlm.resuming import SavePlan, checkpoint_content, checkpoints_of, mark_finished
 from train_vlm.run_lock import only_one, wait_while_held
@@ -55,22 +56,32 @@ def _long_packs(micro: list[dict], pack_tokens: int | None, device: torch.device
     return int(sum_over_ranks(torch.tensor([long]), device))
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, held: contextlib.ExitStack | None = None) -> Path:
     """Run a recipe from its model folder to its output folder, or go on with it from its last checkpoint. Returns the output folder.
+
+    held: keeps the lock on the output folder, for a caller that has more to end (the ranks' meeting point) before another run may begin.
 
     Raises ValueError or FileNotFoundError for inputs that do not fit or an output folder that another process is writing to,
     NotFiniteError for a loss or a gradient that is not finite, AskedToStop when it was asked to end and has saved (stopping.py).
     """
-    wait_while_held(recipe.out, GRACE_SECONDS + 5)
+    try:
+        wait_while_held(recipe.out, GRACE_SECONDS + 5)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") != "0":
+            raise FailedElsewhereError(str(error)) from error
+        raise
     start_deepspeed(recipe)
-    with contextlib.ExitStack() as held:
-        on_first_rank(lambda: held.enter_context(only_one(recipe.out)) or remove_leftovers(recipe.out))
+    with contextlib.ExitStack() as own:
+        asked = StopRequest()
+        own.callback(asked.close)
+        on_first_rank(lambda: (held or own).enter_context(only_one(recipe.out)) or remove_leftovers(recipe.out))
+        asked.listen()
         if run := prepare(recipe):
-            _train(run)
+            _train(run, asked)
     return Path(recipe.out)
 
 
-def _train(run: Prepared) -> None:
+def _train(run: Prepared, asked: StopRequest) -> None:
     """The loop, and what comes after it."""
     recipe, out = run.recipe, Path(run.recipe.out)
     engine, at, ledger, device = run.engine, run.standing, run.ledger, run.engine.device
@@ -123,9 +134,13 @@ def _train(run: Prepared) -> None:
     # Dropout of the first step here must be that of the same step in a run that was not stopped: nothing may draw from here on.
     if run.random_states is not None:
         set_random_states(run.random_states)
-    asked = StopRequest()
     try:
-        asked.listen()
+        asked.is_under_way = True
+        if sum_over_ranks(torch.tensor([float(asked.by is not None)]), device) > 0:  # while it was being prepared
+            words = f"asked to end ({asked.by or 'on another rank'}) before step {at.step + 1}; the same command goes on from there"
+            if rank == 0:
+                say(words)
+            raise AskedToStop(words, is_saved=True)
         place = progress.position(at.step)
         while place[0] < place[1]:
             # 1. Read.
@@ -186,7 +201,7 @@ def _train(run: Prepared) -> None:
                 save()
             if is_asked and not is_last:
                 tell_all()
-                asked.needs_no_ranks()  # a launcher ends all when the first one has ended
+                asked.needs_no_ranks()
                 torch.distributed.barrier()
                 words = stopped_words(at.step, checkpoints_of(out) if saving.is_on else None, asked.by)
                 if rank == 0:
@@ -207,11 +222,12 @@ def _train(run: Prepared) -> None:
             page = write_training_report(log_folder)
             # At last: a start that finds the marker has nothing to do.
             mark_finished(recipe, run.described, at, ledger.to_dict())
+        asked.needs_no_ranks()
         torch.distributed.barrier()
     finally:
+        asked.needs_no_ranks()  # a launcher ends all when the first one has ended, and this one may have words to write
         tell_all()
         engine.destroy()
-        asked.close()
     if rank == 0:
         waiting = 100 * at.waiting_seconds / max(at.spent_seconds, 1e-9)
         loss = "no loss" if at.smooth_loss is None else f"loss {at.smooth_loss:.3f}"

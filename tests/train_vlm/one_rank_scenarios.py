@@ -79,6 +79,19 @@ def stopped_by_signals(base: Recipe, out: Path) -> dict:
     summary = json.loads(Path(f"{cut.out}.log/summary.json").read_text())
     train(cut)
     said += [asked(last, 5), asked(unsaved, 2)]
+    real = training_loop.prepare
+
+    def prepare(recipe):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(recipe)
+
+    training_loop.prepare = prepare
+    try:
+        train(replace(whole, out=str(out / "early")))
+    except AskedToStop as words:
+        said.append(f"{words} {words.is_saved}")
+    finally:
+        training_loop.prepare = real
     return {
         "said": said, "saved": saved, "steps": summary["steps"], "unsaved": Path(f"{unsaved.out}.checkpoints").exists(),
         "equal": (out / "cut" / "model.safetensors").read_bytes() == (out / "whole" / "model.safetensors").read_bytes(),
@@ -179,6 +192,7 @@ def nothing_to_learn(recipe: Recipe) -> dict:
 
 
 def main(shards: str, model: str, out: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is started to ignore it
     warnings.filterwarnings("ignore")
     base = Recipe(
         stage="sft", model=model, out="", parts=Parts(vision_encoder=5e-4, projector=1e-3, language_model=1e-3), run=Run(**SETTINGS),

@@ -59,6 +59,11 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_to_the_last_bit(seen):
     assert found["equal"] and found["restored"]
 
 
+def test_asked_while_it_is_prepared_a_run_ends_before_its_first_step(seen):
+    """For minutes of a large model, on every start: the signal killed it, and who starts it again was told of a failure."""
+    assert seen[0]["asked"]["said"][4] == "asked to end (SIGTERM) before step 1; the same command goes on from there True"
+
+
 def test_asked_in_its_last_step_a_run_ends_as_always(seen):
     found = seen[0]["asked"]
     assert found["said"][2] == "" and found["last"]

@@ -26,6 +26,7 @@ from vlm.checkpoint import save_model
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_ENCODER = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2}
 QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+OF_TWO = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}  # as launchers tell their ranks
 # A rank that is stuck as in a collective: its main thread does not come back to Python. It begins when all are there, and tells that it
 # listens, and what it heard.
 RANK = """
@@ -60,12 +61,15 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="la
 
 @pytest.fixture
 def request_to_stop():
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is started to ignore it
     request = StopRequest()
+    request.is_under_way = True
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     request.listen()
     yield request
     request.close()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    signal.signal(signal.SIGINT, own)
     assert signal.set_wakeup_fd(-1) == -1 and not any(thread.name == "stop request" for thread in threading.enumerate())
 
 
@@ -79,6 +83,13 @@ def test_the_first_signal_is_the_reason_and_none_ends_the_process(request_to_sto
 def test_the_second_ctrl_c_ends_at_once(request_to_stop):
     os.kill(os.getpid(), signal.SIGINT)
     assert request_to_stop.by == "Ctrl-C"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_before_the_first_step_one_is_enough(request_to_stop):
+    """There is nothing to save, and a large model is read for minutes."""
+    request_to_stop.is_under_way = False
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -126,7 +137,7 @@ def test_a_rank_in_a_collective_hears_and_ends_when_a_neighbour_is_gone(tmp_path
     (tmp_path / "rank.py").write_text(RANK.format(root=str(ROOT)))
     places = [tmp_path / "first", tmp_path / "second"]
     command = [sys.executable, tmp_path / "torchrun", tmp_path / "rank.py", *places]
-    launcher = subprocess.Popen(command, env=os.environ | {"LOCAL_WORLD_SIZE": "2"})
+    launcher = subprocess.Popen(command, env=os.environ | OF_TWO)
     until(lambda: (tmp_path / "first.ranks").is_file() and len((tmp_path / "first.ranks").read_text().split()) == 2)
     first, second = (psutil.Process(int(number)) for number in (tmp_path / "first.ranks").read_text().split())
     try:
@@ -152,7 +163,7 @@ def test_a_rank_whose_neighbours_cannot_be_found_is_no_obstacle_to_a_launcher(tm
     (tmp_path / "torchrun").write_text(TWO)
     (tmp_path / "alone.begin").touch()
     launcher = subprocess.Popen([sys.executable, tmp_path / "torchrun", tmp_path / "rank.py", tmp_path / "alone"],
-                                env=os.environ | {"LOCAL_WORLD_SIZE": "2"})  # fmt: skip
+                                env=os.environ | OF_TWO)  # fmt: skip
     until(lambda: (tmp_path / "alone.listens").is_file())
     rank = psutil.Process(int((tmp_path / "alone.ranks").read_text()))
     rank.terminate()
@@ -257,6 +268,11 @@ def running(tmp_path):
             kill(command, *processes)
 
 
+def steps_of(folder) -> int:
+    lines = (folder / "m.log" / "log.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 def check_that_it_saved(folder, processes):
     """All are gone, and the newest checkpoint is of the step in which they ended."""
     _, alive = psutil.wait_procs(processes, timeout=60)
@@ -277,6 +293,26 @@ def test_a_run_asked_by_the_command_for_it_ends_with_code_4(running, tmp_path, c
     assert command.wait(60) == 4
     check_that_it_saved(tmp_path, processes)
     assert stop([str(tmp_path / "m")]) == 2 and "no run writes to" in capsys.readouterr().err
+
+
+def test_the_same_command_given_meanwhile_goes_on_when_the_first_has_ended(running, tmp_path):
+    """It would have met the first run's ranks at their port, or found the port taken."""
+    first, processes = running
+    with open(tmp_path / "second", "wb") as said:
+        second = subprocess.Popen(first.args, cwd=ROOT, env=os.environ | QUIET, stdout=said, stderr=said, start_new_session=True)
+    try:
+        until(lambda: "waiting up to 65 s for process" in (tmp_path / "second").read_text())
+        assert stop([str(tmp_path / "m"), "--wait", "60"]) == 0 and first.wait(60) == 4
+        check_that_it_saved(tmp_path, processes)
+        before = steps_of(tmp_path)
+        until(lambda: second.poll() is not None or steps_of(tmp_path) > before + 3)
+        below = psutil.Process(second.pid).children(recursive=True)
+        assert stop([str(tmp_path / "m"), "--wait", "60"]) == 0 and second.wait(60) == 4, (tmp_path / "second").read_text()
+        assert "going on from" in (tmp_path / "second").read_text() and not psutil.wait_procs(below, timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(second.pid, signal.SIGKILL)
+        second.wait()
 
 
 def test_ranks_whose_launchers_are_signalled_save_and_end(running, tmp_path):
