@@ -65,7 +65,8 @@ def train(recipe: Recipe, held: contextlib.ExitStack | None = None) -> Path:
     NotFiniteError for a loss or a gradient that is not finite, AskedToStop when it was asked to end and has saved (stopping.py).
     """
     try:
-        wait_while_held(recipe.out, GRACE_SECONDS + 5)
+        if not torch.distributed.is_initialized():  # else the ranks have met, and the first may have the folder already
+            wait_while_held(recipe.out, GRACE_SECONDS + 5)
     except ValueError as error:
         if os.environ.get("RANK", "0") != "0":
             raise FailedElsewhereError(str(error)) from error
