@@ -286,17 +286,9 @@ def check_that_it_saved(folder, processes):
     assert "Traceback" not in words and not (folder / "m").exists()
 
 
-def test_a_run_asked_by_the_command_for_it_ends_with_code_4(running, tmp_path, capsys):
-    """DeepSpeed's launcher passes on what its ranks end with, when nobody signals it."""
-    command, processes = running
-    assert stop([str(tmp_path / "m"), "--wait", "60"]) == 0 and "asked process" in capsys.readouterr().out
-    assert command.wait(60) == 4
-    check_that_it_saved(tmp_path, processes)
-    assert stop([str(tmp_path / "m")]) == 2 and "no run writes to" in capsys.readouterr().err
-
-
-def test_the_same_command_given_meanwhile_goes_on_when_the_first_has_ended(running, tmp_path):
-    """It would have met the first run's ranks at their port, or found the port taken."""
+def test_asked_by_the_command_for_it_a_run_ends_with_code_4_and_one_that_waited_goes_on(running, tmp_path, capsys):
+    """DeepSpeed's launcher passes on what its ranks end with, when nobody signals it. The second would have met the first run's ranks at
+    their port, or found the port taken."""
     first, processes = running
     with open(tmp_path / "second", "wb") as said:
         second = subprocess.Popen(first.args, cwd=ROOT, env=os.environ | QUIET, stdout=said, stderr=said, start_new_session=True)
@@ -309,6 +301,7 @@ def test_the_same_command_given_meanwhile_goes_on_when_the_first_has_ended(runni
         below = psutil.Process(second.pid).children(recursive=True)
         assert stop([str(tmp_path / "m"), "--wait", "60"]) == 0 and second.wait(60) == 4, (tmp_path / "second").read_text()
         assert "going on from" in (tmp_path / "second").read_text() and not psutil.wait_procs(below, timeout=60)[1]
+        assert stop([str(tmp_path / "m")]) == 2 and "no run writes to" in capsys.readouterr().err
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(second.pid, signal.SIGKILL)
