@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from train_vlm.ending_together import STARTED_BY, tied
+from vlm.cores import usable_cores
 from vlm.files import write_whole
 
 __all__ = ["ROOT", "Step", "accelerator", "run_steps"]
@@ -99,8 +100,7 @@ def _environment(side_by_side: int) -> dict:
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large buffers in large pages
     environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, side_by_side))))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, side_by_side))))
     return environment
 
 

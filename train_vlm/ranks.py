@@ -17,6 +17,7 @@ import torch
 
 from train_vlm.recipe import Recipe
 from vision_encoders.gathering import gather_over_ranks
+from vlm.cores import usable_cores
 from vlm.engine.allocation import keep_freed_memory
 
 __all__ = ["FailedElsewhereError", "end_ranks", "on_first_rank", "start_deepspeed", "sum_over_ranks", "trains_on_gpu"]
@@ -52,8 +53,7 @@ def start_deepspeed(recipe: Recipe):
     _open_many_files()
     # Also on GPUs, whose processors update what is offloaded: all ranks of a machine with all of its cores would be slower than one.
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(recipe.run.threads_per_rank or max(1, cores // ranks_here))
+    torch.set_num_threads(recipe.run.threads_per_rank or max(1, usable_cores() // ranks_here))
     if on_gpu:  # what ranks say to each other before there is an engine goes over their own GPU
         torch.cuda.set_device(local)
     else:

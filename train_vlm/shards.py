@@ -11,7 +11,6 @@ line each: key, place of each member (offset and size in bytes), tiles, tokens a
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -21,13 +20,10 @@ from train_vlm.official_samples import caption_samples, gqa_samples, vizwiz_samp
 from train_vlm.plain_text import text_records
 from train_vlm.shard_check import check_shards
 from train_vlm.shard_writing import convert, measure_sample
+from vlm.cores import usable_cores
 from vlm.processing import VLMProcessor
 
 __all__ = ["convert", "main", "measure_sample"]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,7 +56,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--workers",
             type=int,
-            default=min(8, _cores()),
+            default=min(8, usable_cores()),
             help="processes that decode pictures; 0: this one (default: up to 8)",
         )
         command.add_argument("--max-skipped-percent", type=float, default=1.0, help="more unusable samples than this is an error")
